@@ -23,10 +23,13 @@ from transformers import GptOssConfig
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.guard.score import ScoredSet, score_domain
 from cpt.model import gpt_oss
+from cpt.model.adapters.attach import attach_adapters
+from cpt.model.adapters.layout import adapted_matrices
 from cpt.model.attention.function import FoldedSinks
 from cpt.model.attention.torch_flash import TorchFlashKernel
 from cpt.model.configuration import PRESETS
 from cpt.model.decoding import KeyValueCache, PromptPass, TokenPass
+from cpt.model.experts.packed_base import materialize_packed, pack
 from cpt.model.gpt_oss import GptOssForCPT
 from cpt.model.kernels.availability import fused_kernels_run_on
 from cpt.parallel.halo import WindowHalo
@@ -127,7 +130,9 @@ def run_config(scenario: Scenario, model_config: GptOssConfig) -> RunConfig:
     }
     if scenario.kl_targets:
         train |= {"kl_targets": "targets", "kl_weight": 0.5}
-    text = json.dumps({"model": model, "data": {"mix": "unused.yaml"}, "train": train})
+    adapter = {"kind": "lora", "base": "mxfp4"} if scenario.packed_base else {}
+    content = {"model": model, "data": {"mix": "unused.yaml"}, "train": train, "adapter": adapter}
+    text = json.dumps(content)
     engine = {
         "zero_optimization": {"stage": 3},
         "sequence_parallel_size": scenario.sp_size,
@@ -237,6 +242,11 @@ class Rehearsal:
         model = gpt_oss.skeleton(self.model_config, torch.bfloat16)
         in_halves = scenario.expert_overlap == "halves"
         gpt_oss.patch(model, topology, experts_in_halves=in_halves)
+        if scenario.packed_base:
+            pack(model)
+            adapter = run_config(scenario, self.model_config).adapter
+            adapted = adapted_matrices(adapter, self.model_config)
+            attach_adapters(model, adapted, adapter.scale, topology.ep_size)
         with FakeTensorMode(allow_non_fake_inputs=True):
             self._fused = fused_kernels_run_on(torch.empty(1, device=topology.device))
             engine = self._build_engine(model, topology)
@@ -256,6 +266,8 @@ class Rehearsal:
                 measure_routers=scenario.router_watch,
             )
         for name, parameter in engine.deepspeed.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             assert parameter.grad is not None, f"{name} has no gradient"
             assert parameter.grad.is_cuda, f"the gradient of {name} is on the host"
 
@@ -306,6 +318,7 @@ class Rehearsal:
     def _build_engine(self, model: GptOssForCPT, topology: Topology) -> TrainingEngine:
         scenario = self.scenario
         gpt_oss.materialize(model, topology.device)
+        materialize_packed(model, topology.device)
         exchange = None
         if scenario.sp_size > 1:
             exchange = Ulysses(topology, WindowHalo(topology, self.model_config.sliding_window))

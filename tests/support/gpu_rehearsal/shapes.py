@@ -30,6 +30,8 @@ class Scenario:
     kl_targets: bool = False
     router_watch: bool = False
     """Both penalties, all measurements, and the routers before training."""
+    packed_base: bool = False
+    """Whether adapters on attention and experts are trained over experts in 4 bits."""
     few_labels: bool = False
     """Whether every second token has no label."""
     evaluates: bool = False
@@ -74,6 +76,7 @@ FEATURES = (
     replace(SMALL, name="checkpoints on the host", offload=True),
     replace(SMALL, name="targets", kl_targets=True, documents=7, micro_batches=2),
     replace(SMALL, name="few labels", few_labels=True, micro_batches=2),
+    replace(SMALL, name="packed base", packed_base=True, micro_batches=2),
     replace(SMALL, name="router watch", router_watch=True, micro_batches=2),
     replace(
         LAYOUT,
@@ -84,6 +87,7 @@ FEATURES = (
         evaluates=True,
     ),
     replace(LAYOUT, name="layout, rows kept", expert_recompute="keep", micro_batches=2),
+    replace(LAYOUT, name="layout, packed base", packed_base=True),
     replace(LAYOUT, name="layout, experts in halves", expert_overlap="halves", evaluates=True),
 )
 """Every feature of a step, for devices and waits."""
