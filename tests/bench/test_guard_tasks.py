@@ -86,7 +86,8 @@ from guard_parts.small_vocabulary import VOCAB_SIZE, shrink
 shrink()
 from guard_parts.tasks import FAMILIES, LANGUAGES, items
 from cpt.guard.generation.measures import measure_reply
-from data_pipeline.text.harmony import DEFAULT_DATE, encode_prompt, read_conversation
+from data_pipeline.text.harmony import DEFAULT_DATE, encode_prompt
+from data_pipeline.text.harmony_records import read_conversation
 passed = []
 for family in FAMILIES:
     for language in LANGUAGES:

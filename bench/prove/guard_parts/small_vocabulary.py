@@ -73,4 +73,4 @@ def _shrink_harmony(ids: dict[str, int]) -> None:
     harmony.MESSAGE = ids["<|message|>"]
     harmony.CALL = ids["<|call|>"]
     harmony.STOP_IDS = (harmony.RETURN, END_OF_TEXT, harmony.CALL)
-    harmony.system_message = lambda effort, date: harmony._message("system", SYSTEM_TEXT)
+    harmony.system_message = lambda *_, **__: harmony._message("system", SYSTEM_TEXT)
