@@ -109,6 +109,7 @@ def import_adapter(request: ImportRequest) -> Path:
     values, records = _read_tensors(request.source / ADAPTER_FILE, tensors)
     state = RunState(
         model_config=request.config.to_dict(),
+        lineage=[{"name": base.name}],
         adapter=AdapterState(
             section=request.section, base=base, dtype=request.dtype, imported=True
         ).to_json(),

@@ -28,6 +28,8 @@ STORAGE = {
     "peft": "The files hold the adapter alone, in PEFT's format.",
 }
 """How the weights are stored, by format."""
+MERGED_FP32 = "Weights are stored in fp32."
+"""The same of a base with an adapter added, in fp32."""
 TRAINING_KEYS = (
     "seq_len",
     "global_batch_size",
@@ -132,14 +134,15 @@ def _origin(manifest: Manifest, format_name: str) -> str:
     config = RunState.of(manifest).config or {}
     base = lineage_text(lineage_of_checkpoint(manifest), quote="`")
     num_tokens = (RunState.of(manifest).progress or {}).get("tokens", 0)
+    adapter = AdapterState.of(RunState.of(manifest), f"step {manifest.step}")
+    is_merged = adapter is not None
     paragraphs = [
         f"Started from {base}. {manifest.step:,} optimizer steps, {num_tokens:,} predicted tokens. "
-        f"{STORAGE[format_name]}"
+        f"{MERGED_FP32 if is_merged and format_name == 'fp32' else STORAGE[format_name]}"
     ]
     frozen = config.get("train", {}).get("freeze")
     if frozen:
         paragraphs.append(f"These weights were not trained: `{'`, `'.join(frozen)}`.")
-    adapter = AdapterState.of(RunState.of(manifest), f"step {manifest.step}")
     if adapter is not None:
         paragraphs.append(_adapter_text(adapter, format_name))
     paragraphs.append(

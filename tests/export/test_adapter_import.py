@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cpt.checkpoint.manifest import TensorRecord
 from cpt.checkpoint.reader import step_folder
+from cpt.checkpoint.writer import write_alone
 from cpt.config.adapter_section import AdapterSection
 from cpt.errors import ConfigError
 from cpt.export.adapter import BASE_FILE, export_adapter, vllm_notes
 from cpt.export.adapter_import import ImportRequest, import_adapter
+from cpt.export.run_export import ExportForm, describe_export, export_run
 from cpt.model.adapters.layout import adapted_matrices
 from cpt.model.configuration import load_config
 from cpt.model.weights.hf_layout import ADAPTER_CONFIG, ADAPTER_FILE
@@ -159,3 +162,28 @@ def test_what_vllm_does_not_take_is_told_with_the_cure(
     assert len(notes) == len(told)
     for note, part in zip(notes, told, strict=True):
         assert part in note
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_card_of_an_adapter_says_how_to_load_it(tmp_path: Path, kind: Any) -> None:
+    section = AdapterSection(kind=kind, rank=24, targets=("attention",))
+    write_adapter(tmp_path / "run", None, section, CONFIG)
+    out = export_run(
+        tmp_path / "run",
+        step_folder(tmp_path / "run", 3),
+        tmp_path / "peft",
+        ExportForm(format_name="peft"),
+    )
+    card = (out / "README.md").read_text()
+    assert "library_name: peft" in card and "PeftModel.from_pretrained" in card
+    assert f"This is an adapter ({kind}, rank 24, alpha 32, attention, all layers)" in card
+    assert ("vllm serve" in card and "--max-lora-rank 32" in card) == (kind == "lora")
+    assert ("vLLM does not load DoRA" in describe_export(out)) == (kind == "dora")
+
+
+def test_whole_model_has_no_adapter_to_export(tmp_path: Path) -> None:
+    state = {"model_config": CONFIG.to_dict()}
+    records = {"lm_head.weight": TensorRecord(shape=(4, 2), dtype="float32", trained=False)}
+    step = write_alone(tmp_path, 1, {"master/lm_head.weight": torch.ones(4, 2)}, records, state)
+    with pytest.raises(ConfigError, match="holds a whole model, not an adapter"):
+        export_adapter(step, tmp_path / "peft", "bf16")
