@@ -162,6 +162,15 @@ class Scenario:
         return json.dumps(asdict(self))
 
 
+def rows_of_two_passes(world_size: int, sp: int) -> int:
+    """Return the rows of a micro batch with which a step has two micro batches.
+
+    Most of the time of a small step of ZeRO-3 is DeepSpeed's work between the modules, which is
+    the same for a micro batch of any size.
+    """
+    return ROWS * sp // (2 * world_size)
+
+
 def model_config(expert_size: int = EXPERT_SIZE) -> GptOssConfig:
     """Return a small gpt-oss in which every mistake shows.
 

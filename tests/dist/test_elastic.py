@@ -13,7 +13,7 @@ import pytest
 
 from cpt.checkpoint.manifest import PARTS
 from cpt.checkpoint.reader import step_folder
-from tests.dist.cases import Scenario, parameter_file
+from tests.dist.cases import Scenario, parameter_file, rows_of_two_passes
 from tests.dist.test_layout_parity import Reference, assert_alike, assert_same_tensors, stored
 from tests.support.checkpoints import as_format_1
 from tests.support.launcher import ROOT, launch
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.dist
 HALF = 2
 LAST = 4
 """The runs are saved after step 2, and steps 3 and 4 are compared."""
-FIRST = Scenario(world_size=4, sp=2, ep=2, stage=3, steps=HALF)
+FIRST = Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, steps=HALF)
 FIRST_STAGE1 = Scenario(world_size=2, sp=1, ep=2, stage=1, steps=HALF)
 LAYOUTS = [
     (1, 1, 1, 3),
@@ -45,6 +45,7 @@ def resumed(first: Scenario, layout: tuple[int, int, int, int], *, steps: int = 
         sp=sp,
         ep=ep,
         stage=stage,
+        micro_batch_size=rows_of_two_passes(world_size, sp),
         start=HALF,
         steps=steps,
         resume_from=first.name,

@@ -38,6 +38,7 @@ from tests.dist.cases import (
     parameter_file,
     reference_model,
     rows_of_step,
+    rows_of_two_passes,
     targets_of_step,
     write_targets,
 )
@@ -60,7 +61,17 @@ LAYOUTS = [
     (4, 2, 2, 2),
 ]
 """World size, SP, EP and ZeRO stage."""
-FULL = [Scenario(world_size=w, sp=s, ep=e, stage=z, saves_first=True) for w, s, e, z in LAYOUTS]
+FULL = [
+    Scenario(
+        world_size=w,
+        sp=s,
+        ep=e,
+        stage=z,
+        micro_batch_size=rows_of_two_passes(w, s) if z == 3 else 1,
+        saves_first=True,
+    )
+    for w, s, e, z in LAYOUTS
+]
 CHECKPOINTED = Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, checkpointing=True)
 VARIANTS = [
     Scenario(world_size=2, sp=2, ep=1, stage=3, micro_batch_size=2, exchange="ulysses"),
@@ -72,7 +83,7 @@ VARIANTS = [
     replace(CHECKPOINTED, offload_checkpoints=True),
 ]
 SMALL = [
-    Scenario(world_size=1, sp=1, ep=1, stage=3),
+    Scenario(world_size=1, sp=1, ep=1, stage=3, micro_batch_size=4),
     Scenario(world_size=2, sp=2, ep=1, stage=3, micro_batch_size=2),
     Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, checkpointing=True),
 ]
