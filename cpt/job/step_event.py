@@ -95,6 +95,7 @@ def share_of_peak(job: Job, tokens_per_second: float) -> float | None:
         job.config.train.seq_len,
         tokens_per_second / job.topology.world_size,
         torch.cuda.get_device_name(device),
+        trains_weights=not job.config.adapter.is_on,
     )
 
 

@@ -33,7 +33,12 @@ def bf16_peak(device_name: str) -> float | None:
 
 
 def utilization(
-    model: GptOssConfig, seq_len: int, tokens_per_gpu_second: float, device_name: str
+    model: GptOssConfig,
+    seq_len: int,
+    tokens_per_gpu_second: float,
+    device_name: str,
+    *,
+    trains_weights: bool = True,
 ) -> float | None:
     """Return the share of the peak that training reaches (MFU); None without a known peak.
 
@@ -45,8 +50,10 @@ def utilization(
         seq_len: Tokens of a row.
         tokens_per_gpu_second: Predicted tokens of a second, by GPU.
         device_name: As in `torch.cuda.get_device_name`.
+        trains_weights: Whether weights have gradients; below adapters they have none.
     """
     peak = bf16_peak(device_name)
     if peak is None:
         return None
-    return tokens_per_gpu_second * flops_per_token(model, seq_len).total / peak
+    flops = flops_per_token(model, seq_len, trains_weights=trains_weights)
+    return tokens_per_gpu_second * flops.total / peak

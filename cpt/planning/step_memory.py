@@ -72,7 +72,7 @@ class AdapterSizes:
         by_layer: dict[int, list[AdaptedMatrix]] = {}
         for matrix in adapted_matrices(config.adapter, model):
             by_layer.setdefault(matrix.layer, []).append(matrix)
-        most = max(by_layer.values(), key=lambda matrices: len(matrices), default=[])
+        most = max(by_layer.values(), key=len, default=[])
         numels = {"attention": 0, "gate_up": 0, "down": 0}
         ranks = scaled = expert_rank = 0
         for matrix in most:

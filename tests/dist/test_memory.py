@@ -56,10 +56,8 @@ SHAPES = [
     shape(4, 1024, False, stage=1),
     shape(8, 256, True, stage=1),
     shape(4, 1024, False, stage=2, adapter=LORA),
-    shape(4, 1024, True, stage=2, adapter=LORA),
     shape(4, 1024, False, stage=3, adapter=LORA),
     shape(4, 1024, False, stage=2, adapter=ATTENTION),
-    shape(4, 1024, False, stage=2, adapter=PACKED),
     shape(4, 1024, True, stage=2, adapter=PACKED),
     shape(4, 1024, True, stage=3, adapter=PACKED),
 ]

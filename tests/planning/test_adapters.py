@@ -13,6 +13,7 @@ from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.fit import Card
 from cpt.planning.hardware import GPUS, Assumptions
 from cpt.planning.memory import GIB, counts_of, device_memory
+from cpt.planning.peak_rates import utilization
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 
 MODELS = {name: load_config(None, name) for name in ("tiny", "gpt-oss-20b", "gpt-oss-120b")}
@@ -147,6 +148,16 @@ def test_a_step_of_adapters_is_faster_and_decoding_takes_a_part_of_that() -> Non
     assert packed.parts["experts: decoding"] > 0
     # two thirds of the operations are left: no gradients of weights
     assert adapted.flops.experts == pytest.approx(whole.flops.experts * 2 / 3)
+
+
+def test_share_of_the_peak_leaves_out_gradients_that_nobody_computes() -> None:
+    model = MODELS["gpt-oss-20b"]
+    shares = []
+    for trains_weights in (True, False):
+        share = utilization(model, 4096, 1e4, "NVIDIA L40S", trains_weights=trains_weights)
+        assert share is not None
+        shares.append(share)
+    assert 2 / 3 < shares[1] / shares[0] < 0.75  # attention has no weights
 
 
 def test_only_what_is_trained_is_gathered_after_an_update_of_zero_2() -> None:
