@@ -49,6 +49,8 @@ CHANGED = [
     replace(SECOND_HALF, freeze=OTHERS, ep=2, stage=2),
 ]
 BF16 = replace(FIRST, dtype="bf16")
+NO_EXPERT = replace(FIRST, freeze=("experts",), stage=2)
+"""DeepSpeed's ZeRO 1 and 2 refuse expert layers of which no expert is trained."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def reference(folder: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def results(folder: Path, reference: Reference) -> dict[str, list[dict[str, Any]]]:
-    scenarios = [*LAYOUTS, RESUMED, *CHANGED, BF16]
+    scenarios = [*LAYOUTS, RESUMED, *CHANGED, BF16, NO_EXPERT]
     arguments = [str(folder), *(scenario.dump() for scenario in scenarios)]
     assert launch(ROOT / "tests" / "dist" / "worker.py", 2, arguments) == [0, 0]
     return {s.name: json.loads(parameter_file(folder, s).read_text()) for s in scenarios}
@@ -98,6 +100,13 @@ def test_frozen_parameters_are_unchanged_bit_for_bit_and_all_others_changed(
     unchanged = {name for name in before if torch.equal(before[name], after[name])}
     assert 0 < len(unchanged) < len(before)
     assert unchanged == frozen_in(scenario, list(before))
+
+
+def test_all_experts_may_be_frozen_under_zero_2(results, reference, folder) -> None:
+    assert results[NO_EXPERT.name][0]["loss"] == pytest.approx(reference.losses[0], abs=2e-5)
+    tensors = read_manifest(step_folder(folder / NO_EXPERT.name, HALF)).tensors
+    untrained = {name for name, record in tensors.items() if not record.trained}
+    assert untrained == frozen_in(NO_EXPERT, list(tensors))
 
 
 def test_checkpoint_holds_no_moments_of_frozen_parameters(results, folder: Path) -> None:
