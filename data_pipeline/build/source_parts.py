@@ -22,7 +22,22 @@ from data_pipeline.errors import DataError
 from data_pipeline.store.packing import Integers
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.cleaning import Tally
+from data_pipeline.text.conversation_reader import NO_ANALYSIS
+from data_pipeline.text.harmony_records import NO_MESSAGES, NO_RESULT, OLD_CALLS
 from data_pipeline.text.record_keys import UNKNOWN_KEY
+
+_CURES = {
+    UNKNOWN_KEY: "List keys that may be dropped in ignored_keys of the source.",
+    TOO_LONG: "Longer conversations need a larger seq_len.",
+    NO_MESSAGES: "Records in the shape of another tool need the shape of the source to name it.",
+    OLD_CALLS: "shape: openai reads function_call.",
+    NO_ANALYSIS: (
+        "Answers without analysis are learned without require_analysis; give them "
+        "reasoning_effort: low."
+    ),
+    NO_RESULT: "A call needs its result next, or has to be the end of the conversation.",
+}
+"""What can be done about rejects, by the beginning of their reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,11 +129,9 @@ class SourceParts:
     def _advice(self) -> str:
         """Return what can be done about the rejects."""
         advice = "Repair the files, or raise max_reject_share."
-        reasons = list(self.tally.rejects)
-        if any(reason.startswith(UNKNOWN_KEY) for reason in reasons):
-            advice += " List keys that may be dropped in ignored_keys of the source."
-        if any(reason.startswith(TOO_LONG) for reason in reasons):
-            advice += " Longer conversations need a larger seq_len."
+        for beginning, cure in _CURES.items():
+            if any(reason.startswith(beginning) for reason in self.tally.rejects):
+                advice += f" {cure}"
         return advice
 
     def hashes_of(self, documents: Integers) -> Hashes:

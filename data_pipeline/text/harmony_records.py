@@ -47,6 +47,9 @@ RULES_VERSION = 3
 """Version of the rules by which records become conversations. It belongs to the fingerprint of a
 build, so a change of what is read, ignored or rejected must raise it."""
 TOO_DEEP = "values nested too deeply"
+NO_MESSAGES = "no list of objects 'messages'"
+OLD_CALLS = "function_call, the old form of tool calls"
+NO_RESULT = "tool call without its result"
 _KEYS_OF_ROLE = {
     "assistant": frozenset(MESSAGE_KEYS) - {"name", "tool_call_id"},
     "tool": frozenset(("role", "content", "name", "tool_call_id", "loss")),
@@ -89,13 +92,13 @@ def whole_conversation(record: dict[str, Any], ignored_keys: Sequence[str] = ())
     listed = record.get("messages")
     is_list_of_objects = isinstance(listed, list) and all(isinstance(m, dict) for m in listed)
     if not listed or not is_list_of_objects:
-        raise UnusableRecordError("no list of objects 'messages'")
+        raise UnusableRecordError(NO_MESSAGES)
     if ignored_keys:
         record = _without(record, ignored_keys)
         listed = [_without(message, ignored_keys) for message in listed]
     for message in listed:
         if message.get("function_call") or message.get("role") == "function":
-            raise UnusableRecordError("function_call, the old form of tool calls")
+            raise UnusableRecordError(OLD_CALLS)
     refuse_unknown_keys(record, {*RECORD_KEYS, *METADATA_KEYS}, "record")
     effort = record.get("reasoning_effort", "medium")
     if effort not in EFFORTS:
@@ -272,7 +275,7 @@ class _MessageReader:
         self, call_id: str | None, recipient: Any, arguments: Any, bears_loss: bool
     ) -> None:
         if self._open and not self._messages[-1].is_call:
-            raise UnusableRecordError(_NO_RESULT)
+            raise UnusableRecordError(NO_RESULT)
         namespace, _, name = str(recipient).partition(".")
         if namespace != NAMESPACE or not FUNCTION_NAME.fullmatch(name):
             raise UnusableRecordError("'recipient' that is no function")
@@ -315,10 +318,9 @@ class _MessageReader:
 
     def _require_results(self) -> None:
         if self._open:
-            raise UnusableRecordError(_NO_RESULT)
+            raise UnusableRecordError(NO_RESULT)
 
 
-_NO_RESULT = "tool call without its result"
 _MISPLACED_THINKING = "'thinking' beside something else than an answer of the assistant"
 
 

@@ -228,3 +228,20 @@ def test_a_rendering_with_its_mask_has_the_same_tokens() -> None:
     tokens, learned = conversation.tokens_and_learned()
     assert np.array_equal(tokens, conversation.tokens())
     assert np.array_equal(learned, conversation.learned())
+
+
+@pytest.mark.parametrize(
+    ("record", "keys", "cure"),
+    [
+        ({"messages": [QUESTION, PLAIN]}, {"require_analysis": True}, "reasoning_effort: low"),
+        ({"messages": [QUESTION, CALL, QUESTION, ANSWER]}, {}, "needs its result next"),
+        ({"dialog": []}, {}, "need the shape of the source to name it"),
+        ({"messages": [QUESTION, {**PLAIN, "function_call": {"name": "f"}}]}, {}, "shape: openai"),
+    ],
+)
+def test_a_source_of_rejects_is_refused_with_a_cure(
+    make_mix: MakeMix, tmp_path: Path, record: dict[str, Any], keys: dict[str, Any], cure: str
+) -> None:
+    mix = chat_mix(make_mix, tmp_path, [record], **keys)
+    with pytest.raises(DataError, match=f"1 of 1 documents cannot be used.*{cure}"):
+        build(mix, tmp_path / "out", progress=False)
