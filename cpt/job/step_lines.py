@@ -85,7 +85,7 @@ class StepLines:
             f"peak memory {event['peak_memory_bytes'] / 2**30:.1f} GiB ({self._memory_kind})",
         ]
         if event["tokens"] < event["slots"]:  # loss masks
-            parts.insert(1, f"of {100 * event['tokens'] / event['slots']:.0f} % of the tokens")
+            parts[0] += f" over {100 * event['tokens'] / event['slots']:.0f} % of the tokens"
         if "utilization" in event:
             parts.append(f"utilization {100 * event['utilization']:.1f} %")
         goodput = self._goodput()

@@ -92,7 +92,7 @@ def test_speed_is_that_of_all_slots_and_the_share_that_bears_loss_is_told(
     clock = Clock()
     lines(clock).take(step(1, slots=4000))
     assert log.messages[0].startswith(
-        "step 1/30: loss 2.5000, of 25 % of the tokens, 8,000 tokens/s, "
+        "step 1/30: loss 2.5000 over 25 % of the tokens, 8,000 tokens/s, "
     )
 
 

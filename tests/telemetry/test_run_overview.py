@@ -264,3 +264,11 @@ def test_no_value_in_an_event_breaks_the_tally(events: list[dict[str, Any]]) -> 
     tally.goodput()
     tally.tokens_per_second()
     sorted(tally.standings(), key=badness)
+
+
+def test_speed_is_that_of_slots_and_tokens_are_those_that_bear_loss(tmp_path: Path) -> None:
+    masked = [{**one, "slots": 4 * one["tokens"]} for one in steps(1, 20)]
+    run = make_run(tmp_path, start(0), *masked)
+    leave_lock(run)
+    seen = run_overview(run)
+    assert (seen.tokens, seen.tokens_per_second) == (20_000, 2000.0)
