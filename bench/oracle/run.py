@@ -75,6 +75,7 @@ CHECKS = (
         requirements="gguf",
     ),
     Check(name="lm-evaluation-harness", script="lm_evaluation", packages=("lm-eval",)),
+    Check(name="PEFT", script="peft_adapter", packages=("peft",)),
 )
 
 
