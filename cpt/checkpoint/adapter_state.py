@@ -19,12 +19,13 @@ from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.starting_model import StartingCheckpoint, is_checkpoint, weight_files
 from cpt.config.adapter_section import AdapterSection
 from cpt.errors import CheckpointError, ConfigError
-from cpt.model.adapters.layout import adapted_matrices, expert_rank
+from cpt.model.adapters.layout import adapted_matrices, adapter_problems, expert_rank
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.checksums import sampled_hash
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.random_init import RandomWeights
 from cpt.model.weights.source import WeightSource
+from data_pipeline.escaping import escaped_line
 
 COMPARED = ("kind", "rank", "expert_rank", "alpha", "share_experts")
 """Keys of the section that may not change when a run goes on; targets and layers show in the names
@@ -132,6 +133,19 @@ class AdapterState:
                 f"{checkpoint}: state.adapter of its manifest is not readable ({error!r})."
             ) from error
 
+    def check(self, config: GptOssConfig, checkpoint: str) -> None:
+        """Refuse an adapter that a model cannot have; anybody may have written the section.
+
+        Raises:
+            CheckpointError: with the first reason.
+        """
+        wrong = adapter_problems(self.section, config)
+        if wrong:
+            raise CheckpointError(
+                f"{checkpoint}: state.adapter of its manifest is of no adapter of its model: "
+                f"{escaped_line(wrong[0], 300)}"
+            )
+
     def problems(self, now: AdapterSection, config: GptOssConfig, checkpoint: str) -> list[str]:
         """Return what differs between this adapter and that of a run, with both values.
 
@@ -139,7 +153,11 @@ class AdapterState:
             now: The `adapter` section of the run.
             config: The model's configuration.
             checkpoint: Name of the checkpoint.
+
+        Raises:
+            CheckpointError: see `check`.
         """
+        self.check(config, checkpoint)
         problems = []
         before = self.section
         for key in COMPARED:

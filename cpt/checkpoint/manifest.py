@@ -19,6 +19,8 @@ The room divides the work as follows:
     reader.py         finds and reads sound checkpoints, without an engine
     loading.py        restores an engine from a checkpoint, together with all ranks
     weights.py        the weights of a checkpoint in pieces, for export
+    adapter_state.py  of a checkpoint that holds an adapter: which one, and on which base
+    model_weights.py  the weights of a checkpoint's model, with the adapter added if it holds one
     listing.py, pruning.py, status.py   what there is, what is deleted, whether a run is finished
 """
 

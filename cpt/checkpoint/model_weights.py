@@ -37,8 +37,10 @@ def adapter_of(folder: Path, manifest: Manifest) -> AdapterState | None:
     state = AdapterState.of(RunState.of(manifest), folder.name)
     if state is None:
         return None
+    config = model_config_of(manifest)
+    state.check(config, folder.name)
     wanted = {}
-    for name, shape in adapter_shapes(state.section, model_config_of(manifest)).items():
+    for name, shape in adapter_shapes(state.section, config).items():
         wanted[name] = TensorRecord(shape=shape, dtype="float32")
     check_same_tensors(folder.name, manifest.tensors, wanted)
     return state

@@ -128,3 +128,10 @@ def test_a_run_does_not_start_from_an_adapter_as_if_it_were_a_model(tmp_path: Pa
     told = r"holds an adapter alone.*cpt export --run_dir .*run --step 3 --out DIRECTORY"
     with pytest.raises(ConfigError, match=told):
         check_starting_weights(step_folder(tmp_path / "run", 3), parameter_shapes(CONFIG))
+
+
+def test_layers_beyond_the_model_are_refused_before_they_take_memory() -> None:
+    section = dataclasses.replace(SECTION, layers=(f"0-{10**12}",))
+    state = dataclasses.replace(STATE, section=section)
+    with pytest.raises(CheckpointError, match=r"step-3: state\.adapter .* the layers 0 to 3"):
+        state.problems(SECTION, CONFIG, "step-3")
