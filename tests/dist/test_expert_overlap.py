@@ -21,7 +21,7 @@ from tests.support.launcher import ROOT, launch
 pytestmark = pytest.mark.dist
 
 STEPS = 2
-PLAIN = Scenario(world_size=2, sp=1, ep=2, stage=3, steps=STEPS, expert_size=96)
+PLAIN = Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=2, steps=STEPS, expert_size=96)
 """Its expert size is a multiple of 32, as in gpt-oss: see docs/experts.md."""
 CHECKPOINTED = replace(PLAIN, micro_batch_size=4, checkpointing=True)
 UNDIVIDED = [

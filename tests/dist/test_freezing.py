@@ -36,7 +36,7 @@ FROZEN = (
 OTHERS = ("attention", "model.layers.1.mlp.experts.down_proj")
 HALF = 1
 STEPS = 2
-FIRST = Scenario(world_size=2, sp=1, ep=2, stage=3, freeze=FROZEN, steps=HALF)
+FIRST = Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=2, freeze=FROZEN, steps=HALF)
 LAYOUTS = [
     FIRST,
     replace(FIRST, sp=2, ep=1, micro_batch_size=2, checkpointing=True),

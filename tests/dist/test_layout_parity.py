@@ -104,7 +104,15 @@ WEIGHTED = [
 BF16_LAYOUTS = [(2, 2, 1, 3), (2, 1, 2, 1), (4, 2, 2, 3)]
 """Those in bf16; tests/dist/test_bf16_layouts.py has the others."""
 BF16 = [
-    Scenario(world_size=w, sp=s, ep=e, stage=z, dtype="bf16", steps=3)
+    Scenario(
+        world_size=w,
+        sp=s,
+        ep=e,
+        stage=z,
+        dtype="bf16",
+        micro_batch_size=rows_of_two_passes(w, s),
+        steps=3,
+    )
     for w, s, e, z in BF16_LAYOUTS
 ]
 
