@@ -860,6 +860,19 @@ def test_levers_of_the_guard_that_lack_what_they_move_are_refused_together(tmp_p
     assert "guard.max_kl_weight is 1, below train.kl_weight (2)" in told
 
 
+def test_what_adapters_freeze_by_themselves_is_refused_with_everything_else(
+    tmp_path: Path,
+) -> None:
+    adapter = {"kind": "lora", "rank": 8}
+    train = {"freeze": ["router"]}
+    told = refused(Files(tmp_path), {"router_lever": "freeze"}, adapter=adapter, train=train)
+    assert "train.freeze is given, but with adapter.kind: lora everything below" in told
+    assert "guard.router_lever is freeze, but with adapter.kind: lora the routers" in told
+    told = refused(Files(tmp_path), {}, adapter={"kind": "lora", "expert_rank": 12, "alpha": 0})
+    assert "adapter.expert_rank is 12, must be a multiple of 8" in told
+    assert "Nearest: 8 or 16." in told and "adapter.alpha is 0, must be above 0" in told
+
+
 def test_levers_that_only_the_two_way_controller_has_are_refused_for_the_ladder(
     tmp_path: Path,
 ) -> None:

@@ -165,6 +165,18 @@ def test_files_that_fit_pass_the_gate_and_show_the_plan(dry_run: DryRun, capsys:
     assert "resolved configuration" in printed and "drawn tokens" in printed
 
 
+def test_adapters_that_the_model_cannot_have_are_refused_and_others_are_told(
+    dry_run: DryRun, capsys: Any
+) -> None:
+    wrong = "adapter={kind: dora, targets: [lm_head, attention], layers: [7]}"
+    assert dry_run(wrong) == 78
+    told = capsys.readouterr().err
+    assert "adapter.targets[0] is 'lm_head', which names the lm_head: no server" in told
+    assert "adapter.layers[0] is 7, but the model has the layers 0 to 0" in told
+    assert dry_run("adapter={kind: lora, rank: 4}", "train.weight_decay=0") == 0
+    assert "lora beside 4 attention matrices (rank 4) and 2 stacks" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("name", "code"), [("domain", 78), ("tensor", 78), ("dry", 65)])
 def test_each_fault_alone_is_refused_by_the_dry_run(
     dry_run: DryRun, faults: dict[str, tuple[str, str]], capsys: Any, name: str, code: int
