@@ -56,7 +56,8 @@ def numbers_of(built: BuiltData) -> list[int]:
     (domain,) = built.held_out
     numbers = []
     for document in range(domain.num_documents):
-        tokens = domain.tokens(document, 0, int(domain.document_tokens[document]) - 1)
+        last = int(domain.document_tokens[document]) - 1
+        tokens, _ = domain.tokens_and_loss(document, 0, last)
         numbers.append(int(encoding().decode(tokens.tolist()).split()[1]))
     return numbers
 
