@@ -221,9 +221,11 @@ def adapter_summary(section: AdapterSection, config: Any) -> str:
     shared = ", shared by the experts" if section.share_experts else ""
     trained = sum(math.prod(shape) for shape in adapter_shapes(section, config).values())
     below = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    base = ", whose expert matrices stay in MXFP4" if section.base == "mxfp4" else ""
     return (
         f"{section.kind} beside {' and '.join(parts)}{shared}, scale {section.scale:g}: "
         f"{trained:,} parameters are trained, {trained / below:.2%} of the {below:,} below them"
+        f"{base}"
     )
 
 

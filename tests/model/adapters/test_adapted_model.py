@@ -5,6 +5,7 @@ Shape letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -163,7 +164,11 @@ def test_only_adapters_are_trained_and_they_have_the_planned_shapes(
         assert is_expert(parameter) == is_expert_adapter_name(name), name
     whole = built(section)
     numel = sum(p.numel() for p in whole.parameters() if p.requires_grad)
-    assert f"{numel:,} parameters are trained" in adapter_summary(section, CONFIG)
+    told = adapter_summary(section, CONFIG)
+    assert f"{numel:,} parameters are trained" in told
+    assert "MXFP4" not in told
+    packed = dataclasses.replace(section, base="mxfp4")
+    assert adapter_summary(packed, CONFIG) == f"{told}, whose expert matrices stay in MXFP4"
 
 
 def test_values_of_a_rank_are_its_part_of_the_whole() -> None:
