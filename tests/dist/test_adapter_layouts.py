@@ -129,6 +129,8 @@ def peft_model(section: AdapterSection) -> tuple[nn.Module, dict[str, Trained]]:
     model = reference_model()
     model.config._experts_implementation = "eager"
     experts = [f"mlp.experts.{name}" for name in EXPERTS]
+    if section.layers:  # PEFT's layers_to_transform does not reach target_parameters
+        experts = [f"layers.{layer}.{name}" for layer in (0, 2, 3) for name in experts]
     config = peft.LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
