@@ -67,8 +67,8 @@ def build_engine(
     if is_packed:
         num_packed = pack(model)
         log.info("packed: %d expert matrices stay in MXFP4", num_packed)
-    adapted = adapted_matrices(config.adapter, model_config)
-    if adapted:
+    if config.adapter.is_on:
+        adapted = adapted_matrices(config.adapter, model_config)
         attach_adapters(model, adapted, config.adapter.scale, topology.ep_size)
         log.info("adapter: %s", adapter_summary(config.adapter, model_config))
     if config.zero_stage == 3:

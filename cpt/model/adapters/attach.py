@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from cpt.deepspeed_adapter.experts import mark_expert
+from cpt.errors import InternalError
 from cpt.model.adapters.layout import AdaptedMatrix, is_adapter_name
 from cpt.model.adapters.linear import AdaptedLinear
 from cpt.model.experts.layer import LocalExperts
@@ -23,7 +24,13 @@ def attach_adapters(
         matrices: What `adapted_matrices` returns.
         scale: The factor s of every adapter.
         ep_size: Ranks that together hold all experts of a layer.
+
+    Raises:
+        InternalError: There is no matrix, so nothing would be trained.
     """
+    matrices = list(matrices)
+    if not matrices:
+        raise InternalError("The adapter section is on and names no matrix: nothing would train.")
     for matrix in matrices:
         module_name, _, last = matrix.name.rpartition(".")
         owner = model.get_submodule(module_name)

@@ -294,6 +294,8 @@ def adapter_problems(section: AdapterSection, config: Any) -> list[str]:
         if reason:
             problems.append(f"adapter.targets[{index}] is '{target}', {reason}")
     if not problems:
+        problems = _meeting_problems(section, names, int(config.num_hidden_layers))
+    if not problems:
         problems += _kind_problems(section, config)
     return problems
 
@@ -334,6 +336,21 @@ def _target_problem(
         f"or one of {', '.join((*ATTENTION, *EXPERTS))}, or a pattern of whole names such as "
         "model.layers.*.self_attn.q_proj."
     )
+
+
+def _meeting_problems(section: AdapterSection, names: list[str], num_layers: int) -> list[str]:
+    """Return which targets name matrices of other layers than the chosen ones only."""
+    layers = _layers(section, num_layers)
+    chosen = [name for name in names if _layer_of(name) in layers]
+    problems = []
+    for index, target in enumerate(section.targets):
+        if not any(_matches(target, name) for name in chosen):
+            told = ", ".join(str(entry) for entry in section.layers)
+            problems.append(
+                f"adapter.targets[{index}] is '{target}', which matches nothing in adapter.layers "
+                f"({told}). Take it out, or add its layers."
+            )
+    return problems
 
 
 def _plain(name: str) -> str:

@@ -15,6 +15,7 @@ from transformers import GptOssConfig
 
 from cpt.config.adapter_section import AdapterSection
 from cpt.deepspeed_adapter.experts import is_expert
+from cpt.errors import InternalError
 from cpt.model import attention, gpt_oss
 from cpt.model.adapters.attach import attach_adapters
 from cpt.model.adapters.initial_values import WithInitialAdapters
@@ -68,6 +69,12 @@ def built(section: AdapterSection | None, **layout: int) -> gpt_oss.GptOssForCPT
     gpt_oss.materialize(model, torch.device("cpu"))
     fill_model(model, WithInitialAdapters(RandomWeights(3, 0.3), matrices, seed=5))
     return model.eval()
+
+
+def test_adapter_without_matrices_trains_nothing_and_is_refused() -> None:
+    model = gpt_oss.skeleton(CONFIG, torch.float32)
+    with pytest.raises(InternalError, match="names no matrix"):
+        attach_adapters(model, [], 1.0, 1)
 
 
 @torch.no_grad()

@@ -142,6 +142,16 @@ def test_a_pattern_names_matrices_by_last_part_or_whole_name() -> None:
         ({"layers": ("2-9",)}, "layers[0] is 2-9, but"),
         ({"layers": ("3-1",)}, "layers[0] is '3-1', must be the number"),
         ({"layers": (-1,)}, "layers[0] is -1, but"),
+        (
+            {"targets": ("model.layers.0.self_attn.q_proj",), "layers": (1,)},
+            "targets[0] is 'model.layers.0.self_attn.q_proj', which matches nothing in "
+            "adapter.layers (1).",
+        ),
+        (
+            {"targets": ("experts", "model.layers.2.self_attn.*"), "layers": ("0-1",)},
+            "targets[1] is 'model.layers.2.self_attn.*', which matches nothing in adapter.layers "
+            "(0-1).",
+        ),
         ({"kind": "dora"}, "targets: [attention], or kind: lora"),
         ({"targets": ("attention",), "share_experts": True}, "targets name no experts"),
         ({"targets": ("attention",), "expert_rank": 8}, "targets name no experts"),
