@@ -8,24 +8,29 @@ is the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import GptOssConfig
 
+from cpt.checkpoint.manifest import MANIFEST
 from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.starting_model import StartingCheckpoint, is_checkpoint, weight_files
 from cpt.config.adapter_section import AdapterSection
 from cpt.errors import CheckpointError, ConfigError
 from cpt.model.adapters.layout import adapted_matrices, adapter_problems, expert_rank
+from cpt.model.configuration import load_config
+from cpt.model.configuration_keys import COMPUTING_KEYS
 from cpt.model.parameters import parameter_shapes
-from cpt.model.weights.checksums import sampled_hash
+from cpt.model.weights.checksums import TENSOR_HASH_PREFIX, hash_of_sums, tensor_hash
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.random_init import RandomWeights
 from cpt.model.weights.source import WeightSource
 from data_pipeline.escaping import escaped_line
+from data_pipeline.store.files import sha256_of
 
 COMPARED = ("kind", "rank", "expert_rank", "alpha", "share_experts")
 """Keys of the section that may not change when a run goes on; targets and layers show in the names
@@ -42,7 +47,11 @@ class AdapterBase:
     seed: int | None
     """Seed of random weights; None for a directory."""
     hash: str
-    """Hash of its weight files (`sampled_hash`), or of what random weights are drawn from."""
+    """Hash of samples of its tensors and of what its config.json makes the model compute; of a
+    checkpoint that of its manifest, and of random weights that of what they are drawn from.
+    """
+    sums: str | None = None
+    """Hash of the SHA-256 of its weight files (`hash_of_sums`), where these are known."""
 
     @property
     def name(self) -> str:
@@ -60,7 +69,14 @@ class AdapterBase:
         return path.name
 
     @classmethod
-    def of(cls, path: Path | None, seed: int, config: GptOssConfig) -> AdapterBase:
+    def of(
+        cls,
+        path: Path | None,
+        seed: int,
+        config: GptOssConfig,
+        *,
+        option: str = "model.path",
+    ) -> AdapterBase:
         """Describe a base; samples of its weight files are read.
 
         Args:
@@ -68,16 +84,39 @@ class AdapterBase:
                 random weights.
             seed: Seed of random weights.
             config: The model's configuration.
+            option: What a person has named the directory with.
 
         Raises:
-            ConfigError: the directory holds no weights that can be read.
+            ConfigError: the directory holds no weights or no configuration that can be read.
         """
         if path is not None:
-            found = sampled_hash(weight_files(path))
-            return cls(path=str(path.absolute()), seed=None, hash=found)
+            sums = None
+            if is_checkpoint(path):
+                found = sha256_of(path / MANIFEST)
+            else:
+                files = weight_files(path)
+                found = _hash_of_directory(path, files, option)
+                sums = hash_of_sums(path, files)
+            return cls(path=str(path.absolute()), seed=None, hash=found, sums=sums)
         shapes = sorted(parameter_shapes(config).items())
         drawn = f"{seed}:{float(config.initializer_range)}:{shapes}"
         return cls(path=None, seed=seed, hash=hashlib.sha256(drawn.encode()).hexdigest())
+
+    def is_known_as(self, other_hash: object, other_sums: object) -> bool:
+        """Return whether `hash` and `sums` of another base say that it is this one.
+
+        The sums tell every byte, and count where both are known.
+        """
+        if other_hash != self.hash:
+            return False
+        return self.sums is None or other_sums is None or other_sums == self.sums
+
+    @property
+    def told(self) -> str:
+        """What it is known by, for messages."""
+        return (
+            self.hash if self.sums is None else f"{self.hash} (SHA-256 of its files: {self.sums})"
+        )
 
     def open(self, config: GptOssConfig) -> WeightSource:
         """Return its weights.
@@ -92,6 +131,15 @@ class AdapterBase:
         if is_checkpoint(path):
             return StartingCheckpoint(path, parameter_shapes(config))
         return DirectoryWeights(path, parameter_shapes(config))
+
+
+def _hash_of_directory(path: Path, files: Iterable[Path], option: str) -> str:
+    """Return a hash of the tensors of a directory and of what its config.json makes of them."""
+    values = load_config(path, None, option=option).to_dict()
+    computing = {key: values.get(key) for key in COMPUTING_KEYS}
+    weights = tensor_hash(files)
+    whole = json.dumps([weights, computing], sort_keys=True)
+    return TENSOR_HASH_PREFIX + hashlib.sha256(whole.encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,11 +232,11 @@ class AdapterState:
 
     def base_problems(self, now: AdapterBase, checkpoint: str) -> list[str]:
         """Return a problem if a base is not the one below this adapter."""
-        if now.hash == self.base.hash:
+        if now.is_known_as(self.base.hash, self.base.sums):
             return []
         return [
             f"{checkpoint} is an adapter of another base: that of {self.base.name} has the hash "
-            f"{self.base.hash}, {now.name} has {now.hash}. Give the base that it was trained on as "
+            f"{self.base.told}, {now.name} has {now.told}. Give the base that it was trained on as "
             "model.path."
         ]
 
@@ -233,10 +281,13 @@ def _section(plain: Mapping[str, Any]) -> AdapterSection:
 
 
 def _base(plain: Mapping[str, Any]) -> AdapterBase:
-    base = AdapterBase(path=plain["path"], seed=plain["seed"], hash=plain["hash"])
+    base = AdapterBase(
+        path=plain["path"], seed=plain["seed"], hash=plain["hash"], sums=plain.get("sums")
+    )
     is_path = isinstance(base.path, str) and base.seed is None
     is_seed = base.path is None and type(base.seed) is int
-    if not (is_path or is_seed) or not isinstance(base.hash, str):
+    is_known = isinstance(base.hash, str) and isinstance(base.sums, str | None)
+    if not (is_path or is_seed) or not is_known:
         raise ValueError("base is neither a directory nor random weights")
     return base
 
@@ -270,7 +321,7 @@ def base_from(
                 f"{where} is an adapter, and the base that it was trained on is not there: {path}. "
                 "Give its directory with --base."
             )
-    base = AdapterBase.of(path, told.seed or 0, config)
+    base = AdapterBase.of(path, told.seed or 0, config, option="--base")
     problems = state.base_problems(base, where)
     if problems:
         raise ConfigError([problem.replace("as model.path", "with --base") for problem in problems])

@@ -84,7 +84,8 @@ def export_adapter(
             base_name=None if state.base.path is None else state.base.name,
         )
         write_json(temporary / ADAPTER_CONFIG, values, indent=2, sort_keys=True)
-        about: dict[str, object] = {"base": state.base.name, "sampled_hash": state.base.hash}
+        about: dict[str, object] = {"base": state.base.name, "hash": state.base.hash}
+        about["sums"] = state.base.sums
         about["vllm"] = vllm_notes(matrices)
         write_json(temporary / BASE_FILE, about, indent=2, sort_keys=True)
         write_sums(temporary, [ADAPTER_FILE])

@@ -270,11 +270,11 @@ def _base_problems(source: Path, settings: Mapping[str, Any], base: AdapterBase)
     """Return a problem if the adapter is known to be of another base; warn if its name differs."""
     if (source / BASE_FILE).is_file():
         told = read_json(source / BASE_FILE)
-        known = told.get("sampled_hash")
-        if known != base.hash:
+        known = told.get("hash")
+        if not base.is_known_as(known, told.get("sums")):
             return [
                 f"it is an adapter of another base: that of {_shown(told.get('base'))} has the "
-                f"hash {_shown(known)}, {base.name} has {base.hash}. Give the base that it was "
+                f"hash {_shown(known)}, {base.name} has {base.told}. Give the base that it was "
                 "trained on as model.path."
             ]
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cpt.config.adapter_section import AdapterSection
 from cpt.errors import CheckpointError, ConfigError
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
+from cpt.model.weights.checksums import TENSOR_BLOCK_BYTES, write_sums
 from tests.support.adapters import write_adapter
 
 CONFIG = load_config(None, "tiny")
@@ -45,6 +47,7 @@ def test_what_is_written_is_read_and_a_whole_model_has_none() -> None:
         ("base", {"path": None, "seed": None, "hash": "a"}),
         ("base", {"path": "/base", "seed": 3, "hash": "a"}),
         ("base", {"path": "/base", "seed": None}),
+        ("base", {"path": "/base", "seed": None, "hash": "a", "sums": 3}),
         ("dtype", "fp8"),
     ],
 )
@@ -84,18 +87,38 @@ def test_the_same_adapter_in_other_words_is_the_same() -> None:
     assert STATE.problems(now, CONFIG, "step-3") == []
 
 
-def directory(path: Path, value: float) -> Path:
+LARGE = ("model.embed_tokens.weight", "model.layers.0.mlp.experts.down_proj", "lm_head.weight")
+SMALL = (
+    "model.layers.0.input_layernorm.weight",
+    "model.layers.0.mlp.experts.down_proj_bias",
+    "model.layers.0.mlp.router.bias",
+    "model.norm.weight",
+)
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """Return tensors of 4 MiB with small ones between them: samples of the file miss some."""
+    large = {name: torch.zeros(2**20) for name in LARGE}
+    return large | {name: torch.zeros(64) for name in SMALL}
+
+
+def directory(path: Path, changed: str = "", *, where: int = 0, **config: Any) -> Path:
+    """Write a base in which one value of a tensor, or the configuration, is changed."""
     path.mkdir(parents=True)
-    tensors = {"model.norm.weight": torch.full((64,), value)}
+    tensors = weights()
+    if changed:
+        tensors[changed][where] = 1.0
     save_file(tensors, path / "model.safetensors")
+    values = CONFIG.to_dict() | config
+    (path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     return path
 
 
 def test_a_base_is_known_by_its_weights_and_not_by_its_place(tmp_path: Path) -> None:
-    base = AdapterBase.of(directory(tmp_path / "base", 1.0), 0, CONFIG)
+    base = AdapterBase.of(directory(tmp_path / "base"), 0, CONFIG)
     state = dataclasses.replace(STATE, base=base)
-    copy = directory(tmp_path / "copy", 1.0)
-    other = directory(tmp_path / "other", 2.0)
+    copy = directory(tmp_path / "copy", max_position_embeddings=4096)
+    other = directory(tmp_path / "other", "model.norm.weight")
     assert base_from(state, copy, CONFIG, "step-3").path == str(copy)
     with pytest.raises(ConfigError) as caught:
         base_from(state, other, CONFIG, "step-3")
@@ -104,6 +127,36 @@ def test_a_base_is_known_by_its_weights_and_not_by_its_place(tmp_path: Path) -> 
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match=r"is not there: .*base\. Give its directory with --base"):
         base_from(state, None, CONFIG, "step-3")
+
+
+@pytest.mark.parametrize("name", [*LARGE, *SMALL])
+def test_a_base_in_which_one_tensor_differs_is_another(tmp_path: Path, name: str) -> None:
+    base = AdapterBase.of(directory(tmp_path / "base"), 0, CONFIG)
+    other = AdapterBase.of(directory(tmp_path / "other", name, where=-1), 0, CONFIG)
+    assert other.hash != base.hash
+
+
+def test_a_base_that_computes_something_else_with_the_same_weights_is_another(
+    tmp_path: Path,
+) -> None:
+    base = AdapterBase.of(directory(tmp_path / "base"), 0, CONFIG)
+    other = AdapterBase.of(directory(tmp_path / "other", swiglu_limit=1.0), 0, CONFIG)
+    assert other.hash != base.hash
+
+
+def test_known_sums_tell_what_no_sample_shows_where_both_bases_have_them(tmp_path: Path) -> None:
+    plain = AdapterBase.of(directory(tmp_path / "plain"), 0, CONFIG)
+    found = []
+    for folder, changed in (("base", ""), ("other", "lm_head.weight")):
+        path = directory(tmp_path / folder, changed, where=TENSOR_BLOCK_BYTES)
+        write_sums(path, ["model.safetensors"])
+        found.append(AdapterBase.of(path, 0, CONFIG))
+    base, other = found
+    assert plain.sums is None and plain.hash == base.hash == other.hash
+    (told,) = dataclasses.replace(STATE, base=base).base_problems(other, "step-3")
+    assert f"SHA-256 of its files: {base.sums}" in told and str(other.sums) in told
+    assert dataclasses.replace(STATE, base=plain).base_problems(base, "step-3") == []
+    assert dataclasses.replace(STATE, base=base).base_problems(plain, "step-3") == []
 
 
 def test_random_weights_of_another_seed_or_size_are_another_base() -> None:

@@ -105,7 +105,7 @@ def test_another_section_of_the_run_is_refused(
 
 
 def test_adapter_of_another_base_is_refused_with_both_hashes(source: Path) -> None:
-    known = json.loads((source / BASE_FILE).read_text())["sampled_hash"]
+    known = json.loads((source / BASE_FILE).read_text())["hash"]
     told = refused(request(source, seed=1))
     assert "another base" in told and known in told and "random weights (seed 1) has" in told
 

@@ -8,12 +8,14 @@ hash.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from cpt.errors import ConfigError
+from cpt.model.weights.hf_layout import open_tensors
 from data_pipeline.bounded.files import MalformedInput, open_regular, read_small_text
 from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import sha256_of, write_text
@@ -21,6 +23,13 @@ from data_pipeline.store.files import sha256_of, write_text
 SUMS_FILE = "SHA256SUMS"
 SAMPLED_BLOCKS = 64
 SAMPLED_BLOCK_BYTES = 2**16
+TENSOR_HASH_PREFIX = "tensors:"
+"""Beginning of what `tensor_hash` returns."""
+WHOLE_TENSOR_BYTES = 2**20
+"""Tensors up to this size are hashed whole: norms, sinks, routers, and most biases."""
+TENSOR_BLOCKS = 32
+"""Blocks of a larger tensor, one for each expert of gpt-oss-20b."""
+TENSOR_BLOCK_BYTES = 2**14
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -53,6 +62,69 @@ def _hash_samples(file: Path, digest: hashlib._Hash) -> None:
         for start in sorted(starts):
             opened.seek(start)
             digest.update(opened.read(SAMPLED_BLOCK_BYTES))
+
+
+def tensor_hash(files: Iterable[Path]) -> str:
+    """Return a hash of safetensors files by name, header, and samples of every tensor.
+
+    A tensor of up to `WHOLE_TENSOR_BYTES` is hashed whole, a larger one by `TENSOR_BLOCKS` blocks.
+    `sampled_hash` spreads its blocks over a file, and small tensors lie between them.
+
+    Raises:
+        ConfigError: a file cannot be read, or is no whole safetensors file.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        with open_tensors(file):
+            pass  # the header is whole, and the file has all bytes that it names
+        try:
+            _hash_tensors(file, digest)
+        except OSError as error:
+            raise ConfigError(
+                f"{file}: cannot be read ({error.strerror or error}). Fetch it again."
+            ) from error
+    return TENSOR_HASH_PREFIX + digest.hexdigest()
+
+
+def _hash_tensors(file: Path, digest: hashlib._Hash) -> None:
+    """Add the name, the header and samples of the tensors of a safetensors file to a hash."""
+    with open_regular(file) as opened:
+        length = opened.read(8)
+        header = opened.read(int.from_bytes(length, "little"))
+        digest.update(f"{file.name}:".encode() + length + header)
+        ranges = []
+        for name, entry in json.loads(header).items():
+            if name != "__metadata__":
+                ranges.append(entry["data_offsets"])
+        for begin, end in sorted(ranges):
+            for start, stop in _tensor_blocks(end - begin):
+                opened.seek(8 + len(header) + begin + start)
+                digest.update(opened.read(stop - start))
+
+
+def _tensor_blocks(size: int) -> list[tuple[int, int]]:
+    """Return the ranges of bytes by which a tensor of this size is known, its end included."""
+    if size <= WHOLE_TENSOR_BYTES:
+        return [(0, size)]
+    blocks = []
+    for block in range(TENSOR_BLOCKS):
+        start = (size - TENSOR_BLOCK_BYTES) * block // (TENSOR_BLOCKS - 1)
+        blocks.append((start, start + TENSOR_BLOCK_BYTES))
+    return blocks
+
+
+def hash_of_sums(path: Path, files: Iterable[Path]) -> str | None:
+    """Return a hash of the names and known SHA-256 of weight files; None if not all are known.
+
+    Raises:
+        ConfigError: see `known_sums`.
+    """
+    files = sorted(files)
+    sums = known_sums(path, files)
+    if len(sums) != len(files):
+        return None
+    lines = [f"{sums[file]}  {file.name}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def model_hash(path: Path, files: Iterable[Path] | None = None) -> str:
