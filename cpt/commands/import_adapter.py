@@ -26,18 +26,19 @@ def add_parser(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     refuse(folder_problems("ADAPTER", options.adapter), file_problems("--config", options.config))
+    from cpt.checkpoint.starting_model import located, starting_config
     from cpt.config import load_run_yaml
     from cpt.export.adapter_import import ImportRequest, import_adapter
-    from cpt.model.configuration import load_config
 
     run = load_run_yaml(options.config, dict(item.split("=", 1) for item in options.set))
+    base = None if run.model.path is None else located(run.model.path)
     request = ImportRequest(
         source=options.adapter,
         run_dir=options.run_dir,
         section=run.adapter,
-        base_path=run.model.path,
+        base_path=base,
         seed=run.train.seed,
         dtype=run.train.dtype,
-        config=load_config(run.model.path, run.model.init),
+        config=starting_config(base, run.model.init),
     )
     say(f"{options.adapter} -> {import_adapter(request)}")

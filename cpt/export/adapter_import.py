@@ -30,7 +30,7 @@ from cpt.checkpoint.writer import write_alone
 from cpt.config.adapter_section import AdapterSection
 from cpt.errors import ConfigError
 from cpt.export.adapter import BASE_FILE
-from cpt.model.adapters.layout import AdaptedMatrix, adapted_matrices
+from cpt.model.adapters.layout import AdaptedMatrix, adapted_matrices, adapter_problems
 from cpt.model.adapters.peft_files import PeftTensor, is_end_of, peft_tensors, value_for
 from cpt.model.weights.byte_ranges import TORCH_DTYPES, TensorFile
 from cpt.model.weights.hf_layout import ADAPTER_CONFIG, ADAPTER_FILE, open_tensors, read_json
@@ -70,7 +70,7 @@ class ImportRequest:
     section: AdapterSection
     """The `adapter` section of the run."""
     base_path: Path | None
-    """`model.path` of the run; None for random weights."""
+    """`model.path` of the run (`starting_model.located`); None for random weights."""
     seed: int
     """`train.seed` of the run."""
     dtype: str
@@ -97,6 +97,9 @@ def import_adapter(request: ImportRequest) -> Path:
             f"{request.run_dir} has checkpoints already, such as that of step {steps[0]}. Give a "
             "new --run_dir."
         )
+    wrong = adapter_problems(request.section, request.config)
+    if wrong:
+        raise ConfigError(wrong)
     matrices = adapted_matrices(request.section, request.config)
     tensors = peft_tensors(matrices, request.config.num_local_experts)
     base = AdapterBase.of(request.base_path, request.seed, request.config)

@@ -1,8 +1,9 @@
 """What vLLM takes for granted of every gpt-oss, whatever config.json says.
 
-Source: vLLM, vllm/model_executor/models/gpt_oss.py as of August 2026: RMSNorm(eps=1e-5), a window
-where the layer's index is even, RoPE of type YaRN, and the activation `swigluoai`, for which no
-limit and no alpha is read from the configuration.
+Source: one stored version, whose date is not known, of vLLM's
+vllm/model_executor/models/gpt_oss.py: RMSNorm(eps=1e-5), a window where the layer's index is even,
+RoPE of type YaRN, and the activation `swigluoai`, for which no limit and no alpha is read from the
+configuration.
 """
 
 from __future__ import annotations

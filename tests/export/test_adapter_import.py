@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
-from cpt.checkpoint.manifest import TensorRecord
+from cpt.checkpoint.manifest import TensorRecord, read_manifest
 from cpt.checkpoint.reader import step_folder
 from cpt.checkpoint.writer import write_alone
+from cpt.cli import main
 from cpt.config.adapter_section import AdapterSection
 from cpt.errors import ConfigError
 from cpt.export.adapter import BASE_FILE, export_adapter, vllm_notes
@@ -96,6 +98,14 @@ def test_settings_that_differ_are_refused_with_the_cure(
             ),
             "the experts have different adapters",
         ),
+        (
+            AdapterSection(kind="lora", rank=16, targets=("router",)),
+            "adapter.targets[0] is 'router', which names the router: no server",
+        ),
+        (
+            AdapterSection(kind="dora", rank=16, layers=(0,)),
+            "Give targets: [attention], or kind: lora.",
+        ),
     ],
 )
 def test_another_section_of_the_run_is_refused(
@@ -117,6 +127,28 @@ def test_base_of_another_name_is_told_where_nothing_else_is_known(
     edit(source, base_model_name_or_path="someone/else")
     import_adapter(request(source))
     assert "'someone/else'" in caplog.text
+
+
+@pytest.mark.parametrize("base", ["pretrained", "pretrained@7"])
+def test_adapter_over_the_checkpoint_of_another_run_is_imported(
+    source: Path, tmp_path: Path, base: str
+) -> None:
+    state = {"model_config": CONFIG.to_dict()}
+    records = {"lm_head.weight": TensorRecord(shape=(4, 2), dtype="float32", trained=False)}
+    values = {"master/lm_head.weight": torch.ones(4, 2)}
+    step = write_alone(tmp_path / "pretrained", 7, values, records, state)
+    run = {
+        "model": {"path": base},
+        "data": {"mix": "mix.yaml"},
+        "train": {"seq_len": 128, "global_batch_size": 2, "total_steps": 2, "lr": 1e-2},
+        "adapter": {"kind": "lora", "rank": 16, "expert_rank": 8, "alpha": 8.0, "layers": [0]},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    (source / BASE_FILE).unlink()
+    words = ["import-adapter", str(source), "--config", str(tmp_path / "run.yaml")]
+    assert main([*words, "--run_dir", str(tmp_path / "new")]) == 0
+    manifest = read_manifest(step_folder(tmp_path / "new", 0))
+    assert manifest.state["adapter"]["base"]["path"] == str(step)
 
 
 def test_pickled_tensors_are_not_read(source: Path) -> None:
