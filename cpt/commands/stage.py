@@ -14,7 +14,7 @@ from cpt.errors import CptError
 from data_pipeline.console.say import say
 
 if TYPE_CHECKING:
-    from cpt.config import DataSection
+    from cpt.config import DataSection, GuardSection
 
 log = logging.getLogger("cpt.stage")
 
@@ -66,7 +66,19 @@ def _run(options: argparse.Namespace) -> None:
         # a checkpoint holds all weights, but not what lies below an adapter
         if path is not None and (has_adapter or not list_steps(options.run_dir)):
             attempt(lambda: _stage_model(path, options.to))
+        baseline = _baseline_to_read(parts.guard, options.run_dir)
+        if baseline is not None and baseline != path:
+            attempt(lambda: _stage_model(baseline, options.to))
     say(json.dumps(staged))
+
+
+def _baseline_to_read(guard: GuardSection | None, run_dir: Path) -> Path | None:
+    """Return the model that the guard measures before the first step, unless that is over."""
+    from cpt.checkpoint.reader import list_steps
+
+    if guard is None or not guard.enabled or any(list_steps(run_dir)):
+        return None  # the checkpoint of step 0 is an imported adapter, before the first step
+    return guard.baseline_model
 
 
 def _stage_build(settings: DataSection, root: Path) -> tuple[Path, Path] | None:

@@ -172,6 +172,8 @@ class ReadableParts:
     """None if something in it is wrong."""
     adapter: AdapterSection | None
     """None if something in it is wrong."""
+    guard: GuardSection | None
+    """None if something in it is wrong."""
     seq_len: int | None
     """`train.seq_len`; None if it is no whole number."""
 
@@ -188,6 +190,7 @@ def readable_parts(run_yaml: Path, overrides: dict[str, str]) -> ReadableParts:
     model = reader.read(ModelSection, sections.get("model"), ("model",))
     data = reader.read(DataSection, sections.get("data"), ("data",))
     adapter = reader.read(AdapterSection, sections.get("adapter") or {}, ("adapter",))
+    guard = reader.read(GuardSection, sections.get("guard") or {}, ("guard",))
     train = sections.get("train")
     seq_len = train.get("seq_len") if isinstance(train, dict) else None
     folder = run_yaml.parent
@@ -195,6 +198,7 @@ def readable_parts(run_yaml: Path, overrides: dict[str, str]) -> ReadableParts:
         model=None if model is None else _model_beside(model, folder),
         data=None if data is None else _data_beside(data, folder),
         adapter=adapter,
+        guard=None if guard is None else _guard_beside(guard, folder),
         seq_len=seq_len if type(seq_len) is int else None,
     )
 
@@ -203,18 +207,21 @@ def _with_paths_beside(parsed: RunYaml, run_yaml: Path) -> RunYaml:
     """Read relative paths of the run YAML relative to the file."""
     folder = run_yaml.parent
     train = replace(parsed.train, kl_targets=_beside(parsed.train.kl_targets, folder))
-    guard = replace(parsed.guard, baseline_model=_beside(parsed.guard.baseline_model, folder))
     return replace(
         parsed,
         model=_model_beside(parsed.model, folder),
         data=_data_beside(parsed.data, folder),
         train=train,
-        guard=guard,
+        guard=_guard_beside(parsed.guard, folder),
     )
 
 
 def _model_beside(model: ModelSection, folder: Path) -> ModelSection:
     return replace(model, path=_beside(model.path, folder))
+
+
+def _guard_beside(guard: GuardSection, folder: Path) -> GuardSection:
+    return replace(guard, baseline_model=_beside(guard.baseline_model, folder))
 
 
 def _data_beside(data: DataSection, folder: Path) -> DataSection:

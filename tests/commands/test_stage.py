@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +127,28 @@ def test_run_that_goes_on_from_a_checkpoint_copies_no_weights(
 ) -> None:
     (workplace / "resumed" / "checkpoints" / "step-00000002").mkdir(parents=True)
     found, _ = staged(workplace, tmp_path, capsys, "resumed")
+    assert set(found) == {str(workplace / "built")}
+
+
+def test_model_of_the_guard_is_copied_until_it_is_measured(
+    workplace: Path, tmp_path: Path, capsys
+) -> None:
+    run = yaml.safe_load((workplace / "run.yaml").read_text())
+    shutil.copytree(workplace / "model", workplace / "release")
+    (workplace / "run.yaml").write_text(
+        yaml.safe_dump(run | {"guard": {"baseline_model": "release"}})
+    )
+    both = {str(workplace / "release"), str(workplace / "built")}
+    found, _ = staged(workplace, tmp_path, capsys)
+    assert set(found) == both | {str(workplace / "model")}
+    # an imported adapter, which the run begins with
+    step = workplace / "guarded" / "checkpoints" / "step-00000000"
+    step.mkdir(parents=True)
+    found, _ = staged(workplace, tmp_path, capsys, "guarded")
+    assert set(found) == both
+    step.rename(step.with_name("step-00000002"))
+    found, _ = staged(workplace, tmp_path, capsys, "guarded")
+    (workplace / "run.yaml").write_text(yaml.safe_dump(run))
     assert set(found) == {str(workplace / "built")}
 
 
