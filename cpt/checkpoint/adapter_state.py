@@ -18,12 +18,13 @@ from transformers import GptOssConfig
 
 from cpt.checkpoint.manifest import MANIFEST
 from cpt.checkpoint.run_state import RunState
-from cpt.checkpoint.starting_model import StartingCheckpoint, is_checkpoint, weight_files
+from cpt.checkpoint.starting_model import StartingCheckpoint, weight_files
 from cpt.config.adapter_section import AdapterSection
 from cpt.errors import CheckpointError, ConfigError
 from cpt.model.adapters.layout import adapted_matrices, adapter_problems, expert_rank
 from cpt.model.configuration import load_config
 from cpt.model.configuration_keys import COMPUTING_KEYS
+from cpt.model.missing_model import is_checkpoint, run_of
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.checksums import TENSOR_HASH_PREFIX, hash_of_sums, tensor_hash
 from cpt.model.weights.directory import DirectoryWeights
@@ -61,12 +62,21 @@ class AdapterBase:
         if self.path is None:
             return f"random weights (seed {self.seed})"
         path = Path(self.path)
-        if path.parent.name == "checkpoints":
-            return f"{path.parent.parent.name} ({path.name})"
+        run_dir = run_of(path)
+        if run_dir is not None:
+            return f"{run_dir.name} ({path.name})"
         cached = path.parent.parent.name
         if path.parent.name == "snapshots" and cached.startswith("models--"):
             return cached.removeprefix("models--").replace("--", "/")
         return path.name
+
+    @property
+    def in_checkpoint(self) -> bool:
+        """Whether it is a checkpoint of this project, which other programs do not read."""
+        if self.path is None:
+            return False
+        path = Path(self.path)
+        return run_of(path) is not None or is_checkpoint(path)
 
     @classmethod
     def of(

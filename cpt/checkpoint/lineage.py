@@ -13,14 +13,16 @@ from typing import Any
 
 from cpt.checkpoint.manifest import Manifest, read_manifest
 from cpt.checkpoint.run_state import RunState
-from cpt.checkpoint.starting_model import is_checkpoint
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
+from cpt.model.missing_model import is_checkpoint, run_of
 from cpt.model.weights.hf_layout import read_json
 from data_pipeline.escaping import escaped_line
 
 LINEAGE_FILE = "lineage.json"
 MAX_ANCESTORS = 100
+ROUNDED = "mxfp4"
+"""`format` of a run whose trained weights were rounded before the next run started from them."""
 Json = dict[str, Any]
 
 
@@ -28,7 +30,8 @@ def lineage_of_run(config: RunConfig) -> list[Json]:
     """Return the models that the first weights of a run came from.
 
     Returns:
-        For each `name`, and of a run of this project also `steps` and `tokens`.
+        For each `name`, and of a run of this project also `steps` and `tokens`, and `format` if an
+        export of it was rounded.
 
     Raises:
         CheckpointError: the checkpoint that the run starts from is damaged.
@@ -38,7 +41,8 @@ def lineage_of_run(config: RunConfig) -> list[Json]:
     if path is None:
         return [{"name": f"random weights ({config.model.init})"}]
     if is_checkpoint(path):
-        return lineage_with(read_manifest(path), path.parent.parent.name)
+        run_dir = run_of(path)
+        return lineage_with(read_manifest(path), path.name if run_dir is None else run_dir.name)
     file = path / LINEAGE_FILE
     if file.is_file():
         return _checked(read_json(file).get("models"), file)
@@ -58,13 +62,19 @@ def lineage_of_checkpoint(manifest: Manifest) -> list[Json]:
     return []
 
 
-def lineage_with(manifest: Manifest, name: str) -> list[Json]:
-    """Return the lineage of what starts from a checkpoint: that of its run, and the run itself."""
+def lineage_with(manifest: Manifest, name: str, *, is_rounded: bool = False) -> list[Json]:
+    """Return the lineage of what starts from a checkpoint: that of its run, and the run itself.
+
+    Args:
+        manifest: The checkpoint's manifest.
+        name: Name of the run.
+        is_rounded: Whether it starts from an export in MXFP4.
+    """
     tokens = (RunState.of(manifest).progress or {}).get("tokens", 0)
-    return [
-        *lineage_of_checkpoint(manifest),
-        {"name": name, "steps": manifest.step, "tokens": tokens},
-    ]
+    last: Json = {"name": name, "steps": manifest.step, "tokens": tokens}
+    if is_rounded:
+        last["format"] = ROUNDED
+    return [*lineage_of_checkpoint(manifest), last]
 
 
 def lineage_text(lineage: Sequence[Mapping[str, Any]], quote: str = "") -> str:
@@ -78,7 +88,8 @@ def lineage_text(lineage: Sequence[Mapping[str, Any]], quote: str = "") -> str:
     for one in reversed(lineage):
         text = f"{quote}{one['name']}{quote}"
         if "steps" in one:
-            text += f" ({one['steps']:,} steps, {one['tokens']:,} predicted tokens)"
+            text += f" ({one['steps']:,} steps, {one['tokens']:,} predicted tokens"
+            text += ", rounded to MXFP4)" if one.get("format") == ROUNDED else ")"
         parts.append(text)
     return ", which started from ".join(parts)
 
@@ -101,7 +112,10 @@ def _checked(models: Any, file: Path) -> list[Json]:
         if not isinstance(name, str) or len(counts) == 1 or not is_counted:
             is_list = False
             break
-        found.append({"name": escaped_line(name, 200), **counts})
+        told = {"name": escaped_line(name, 200), **counts}
+        if counts and one.get("format") == ROUNDED:
+            told["format"] = ROUNDED
+        found.append(told)
     if not is_list:
         raise ConfigError(
             f"{file}: 'models' is no list of objects with name, steps and tokens. Remove the file, "

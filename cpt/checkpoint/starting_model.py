@@ -39,7 +39,7 @@ from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import CheckpointWeights
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
-from cpt.model.missing_model import CONFIG
+from cpt.model.missing_model import is_checkpoint, run_and_step, run_of
 from cpt.model.weights.directory import check_directory
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import together
@@ -61,7 +61,7 @@ def located(path: Path, key: str = "model.path", kept: Path | None = None) -> Pa
     Raises:
         ConfigError: the run has no complete checkpoint, or not that of the step asked for.
     """
-    run_dir, step = _run_and_step(path)
+    run_dir, step = run_and_step(path)
     if run_dir is None:
         return path
     if step is None and kept is not None and kept.parent == run_dir / "checkpoints":
@@ -84,21 +84,22 @@ def located(path: Path, key: str = "model.path", kept: Path | None = None) -> Pa
     )
 
 
-def _run_and_step(path: Path) -> tuple[Path | None, int | None]:
-    """Return the run directory and the step that a path names; (None, None) if it names neither."""
-    if path.exists():
-        is_run = (path / "checkpoints").is_dir() and not (path / CONFIG).exists()
-        return (path, None) if is_run else (None, None)
-    name, at, step = path.name.rpartition("@")
-    run_dir = path.with_name(name) if name else path
-    if not at or not step.isdecimal() or not (run_dir / "checkpoints").is_dir():
-        return None, None
-    return run_dir, int(step)
+def own_checkpoint_problems(key: str, path: Path, run_dir: Path) -> list[str]:
+    """Return the problem of a located path that is a checkpoint of the run that is to start.
 
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a located path is a checkpoint of a run."""
-    return (path / MANIFEST).is_file() and not (path / CONFIG).exists()
+    Args:
+        key: Its key in the run YAML, for the message.
+        path: The located path.
+        run_dir: The run directory of the start.
+    """
+    own = run_of(path)
+    if own is None or own.resolve() != run_dir.resolve():
+        return []
+    return [
+        f"{key}: {path} is a checkpoint of this run itself, whose --run_dir is {run_dir}. To go on "
+        f"with the run, give the {key} that it began with; to start another run from the "
+        "checkpoint, give a new --run_dir."
+    ]
 
 
 def starting_config(path: Path | None, preset: str | None) -> GptOssConfig:
@@ -131,10 +132,11 @@ def check_starting_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 
 def _check_tensors(path: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if RunState.of(manifest).adapter is not None:
-        run_dir = path.parent.parent
+        run_dir = run_of(path)
         raise ConfigError(
             f"{path} holds an adapter alone, without the model below it. Write the merged model, "
-            f"and give that: cpt export --run_dir {run_dir} --step {manifest.step} --out DIRECTORY"
+            f"and give that: cpt export --run_dir {run_dir or 'RUN'} --step {manifest.step} --out "
+            "DIRECTORY"
         )
     wanted = {}
     for name, shape in shapes.items():
@@ -191,11 +193,12 @@ class StartingCheckpoint:
 def unfinished_warning(path: Path) -> str:
     """Return what to say of a checkpoint that its run may delete; empty if there is nothing.
 
-    A run that goes on deletes old checkpoints, and one that started from them is then refused.
+    A run that goes on deletes old checkpoints, and one that started from them is then refused. An
+    export has another hash than its checkpoint, so a run that has begun cannot change over to it.
     """
-    if not is_checkpoint(path):
+    run_dir = run_of(path)
+    if run_dir is None or not is_checkpoint(path):
         return ""
-    run_dir = path.parent.parent
     newest = list_steps(run_dir)[:1]
     manifest = read_manifest(path)
     train = (manifest.state.get("config") or {}).get("train") or {}
@@ -205,6 +208,8 @@ def unfinished_warning(path: Path) -> str:
     return (
         f"model.path is the checkpoint of step {manifest.step} of {run_dir}, which is not the last "
         "of that run. If that run goes on, it deletes old checkpoints (checkpoint.keep_last), and "
-        "this run cannot be resumed without the one that it began with. To keep it: cpt export "
-        f"--run_dir {run_dir} --step {manifest.step} --out DIRECTORY --format fp32"
+        "this run cannot be resumed without the one that it began with. Before this run trains, "
+        "either raise checkpoint.keep_last of that run, or export the checkpoint and give the "
+        f"export as model.path: cpt export --run_dir {run_dir} --step {manifest.step} --out "
+        "DIRECTORY --format fp32"
     )

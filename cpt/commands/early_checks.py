@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt.errors import ConfigError
-from cpt.model.missing_model import CONFIG, why_no_model
+from cpt.model.missing_model import CONFIG, is_checkpoint, run_and_step, why_no_model
 from cpt.resilience.environment import is_launched
 from data_pipeline.store.ownership import RUN_FOLDERS, foreign_problems
 
@@ -52,6 +52,15 @@ def model_problems(option: str, path: Path | None) -> list[str]:
     if path is None or (path / CONFIG).is_file():
         return []
     return [f"{option}: {why_no_model(path)}"]
+
+
+def base_problems(path: Path | None) -> list[str]:
+    """Return the problem of a --base that is neither a model, nor a run or checkpoint of one; None
+    was not given.
+    """
+    if path is not None and (run_and_step(path)[0] is not None or is_checkpoint(path)):
+        return []
+    return model_problems("--base", path)
 
 
 def file_problems(option: str, file: Path | None) -> list[str]:

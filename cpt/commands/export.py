@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cpt.commands import Commands
 from cpt.commands.early_checks import (
-    model_problems,
+    base_problems,
     out_problems,
     own_run_dir_problems,
     refuse,
@@ -17,6 +17,7 @@ from cpt.commands.shared_options import (
     add_ranks,
     add_step,
     checkpoint_folder,
+    located_base,
     rank_options,
 )
 from cpt.resilience.environment import rank_of_environment
@@ -61,14 +62,16 @@ def _run(options: argparse.Namespace) -> None:
     refuse(
         problems,
         own_run_dir_problems(options.run_dir),
-        model_problems("--base", options.base),
+        base_problems(options.base),
         out_problems(options.out),
     )
     from cpt.export.run_export import ExportForm, describe_export, export_run
 
     folder = checkpoint_folder(options.run_dir, options.step)
     form = ExportForm(
-        format_name=options.format, adapter_dtype=options.dtype or "bf16", base=options.base
+        format_name=options.format,
+        adapter_dtype=options.dtype or "bf16",
+        base=located_base(options.base),
     )
     out = export_run(
         options.run_dir, folder, options.out, form, options.score, rank_options(options)

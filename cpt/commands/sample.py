@@ -7,13 +7,14 @@ import datetime
 from pathlib import Path
 
 from cpt.commands import Commands
-from cpt.commands.early_checks import model_problems, own_run_dir_problems, refuse
+from cpt.commands.early_checks import base_problems, model_problems, own_run_dir_problems, refuse
 from cpt.commands.shared_options import (
     add_base,
     add_device_map,
     add_sampling,
     add_step,
     checkpoint_folder,
+    located_base,
     sampling_of,
 )
 from data_pipeline.console.say import say
@@ -60,7 +61,7 @@ def _run(options: argparse.Namespace) -> None:
         problems,
         own_run_dir_problems(options.run_dir),
         model_problems("--model", options.model),
-        model_problems("--base", options.base),
+        base_problems(options.base),
     )
     from cpt.offline.plain_model import load_checkpoint, load_export
     from cpt.offline.sampling import decode_channels, decode_tokens, generate
@@ -71,7 +72,7 @@ def _run(options: argparse.Namespace) -> None:
         model = load_export(options.model, options.device_map)
     else:
         folder = checkpoint_folder(options.run_dir, options.step)
-        model = load_checkpoint(folder, options.device_map, options.base)
+        model = load_checkpoint(folder, options.device_map, located_base(options.base))
     for prompt in options.prompt:
         if options.chat:
             ids = encode_prompt(

@@ -25,9 +25,20 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         type=Path,
-        help="of an adapter's checkpoint: directory of the model below it; default: where it was "
-        "in training",
+        help="of an adapter's checkpoint: the model below it, as model.path names one; default: "
+        "where it was in training",
     )
+
+
+def located_base(path: Path | None) -> Path | None:
+    """Return the directory or the checkpoint that `--base` means; None was not given.
+
+    Raises:
+        ConfigError: see `cpt.checkpoint.starting_model.located`.
+    """
+    from cpt.checkpoint.starting_model import located
+
+    return None if path is None else located(path, "--base")
 
 
 def checkpoint_folder(run_dir: Path, step: int | None) -> Path:

@@ -99,7 +99,8 @@ def _stage_build(settings: DataSection, root: Path) -> tuple[Path, Path] | None:
 
 def _stage_model(path: Path, root: Path) -> tuple[Path, Path] | None:
     """Copy a model; nothing of a checkpoint, of which a rank reads a third, and its part only."""
-    from cpt.checkpoint.starting_model import is_checkpoint, located
+    from cpt.checkpoint.starting_model import located
+    from cpt.model.missing_model import is_checkpoint
 
     found = located(path)
     if is_checkpoint(found):

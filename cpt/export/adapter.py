@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cpt.checkpoint.adapter_state import AdapterState
+from cpt.checkpoint.adapter_state import AdapterBase, AdapterState
 from cpt.checkpoint.manifest import Manifest, read_manifest, verify_files
 from cpt.checkpoint.model_config import model_config_of
 from cpt.checkpoint.model_weights import DTYPES, adapter_of
@@ -26,8 +26,9 @@ from cpt.errors import ConfigError
 from cpt.export.huggingface import CompleteDirectory
 from cpt.model.adapters.layout import EXPERTS, AdaptedMatrix, adapted_matrices
 from cpt.model.adapters.peft_files import PeftTensor, adapter_config, peft_tensors
+from cpt.model.missing_model import run_of
 from cpt.model.weights.checksums import write_sums
-from cpt.model.weights.hf_layout import ADAPTER_CONFIG, ADAPTER_FILE
+from cpt.model.weights.hf_layout import ADAPTER_CONFIG, ADAPTER_FILE, holds_blocks
 from cpt.model.weights.writer import (
     Entry,
     TensorFileWriter,
@@ -81,7 +82,7 @@ def export_adapter(
             matrices,
             state.section.scale,
             num_layers=config.num_hidden_layers,
-            base_name=None if state.base.path is None else state.base.name,
+            base_name=_loadable_name(state.base),
         )
         write_json(temporary / ADAPTER_CONFIG, values, indent=2, sort_keys=True)
         about: dict[str, object] = {"base": state.base.name, "hash": state.base.hash}
@@ -183,25 +184,60 @@ def _experts_without_partner(matrices: Sequence[AdaptedMatrix]) -> list[str]:
     return alone
 
 
+def _loadable_name(base: AdapterBase) -> str | None:
+    """Return the name of the directory of a base; None if other programs cannot load it."""
+    return None if base.path is None or base.in_checkpoint else base.name
+
+
+def is_over_mxfp4(state: AdapterState, given: Path | None = None) -> bool:
+    """Return whether an adapter was trained over MXFP4 weights, as far as can be told now.
+
+    Args:
+        state: The adapter.
+        given: Where the base is now (`--base`); None for where it was in training.
+    """
+    path = given or (None if state.base.path is None else Path(state.base.path))
+    return state.section.base == "mxfp4" or (path is not None and holds_blocks(path))
+
+
+def _is_gone(base: AdapterBase) -> bool:
+    """Return whether a directory is no longer where it was, so that nothing can be told of it."""
+    return base.path is not None and not base.in_checkpoint and not Path(base.path).is_dir()
+
+
+def _what_base_is(state: AdapterState) -> str:
+    """Return what BASE stands for in the commands of a model card, and how to get it."""
+    base = state.base
+    if base.path is None:
+        return f"BASE is a directory with the {base.name}."
+    path = Path(base.path)
+    run_dir = run_of(path)
+    if run_dir is None:
+        return f"BASE is the {state.dtype} export of the checkpoint `{base.name}`."
+    step = int(path.name.removeprefix("step-"))
+    command = f"cpt export --run_dir {run_dir.name} --step {step} --out BASE --format {state.dtype}"
+    return f"BASE is the {state.dtype} export of `{run_dir.name}` at step {step}: `{command}`."
+
+
 def serving_section(manifest: Manifest, state: AdapterState) -> str:
     """Return the part of the model card that says how to load the files."""
     matrices, _ = _contents(manifest, state)
-    base = "BASE" if state.base.path is None else state.base.name
+    name = _loadable_name(state.base)
+    base = name or "BASE"
+    is_packed = is_over_mxfp4(state)
     notes = vllm_notes(matrices)
     blocked = [note for note in notes if "merged model" in note]
     rank = max(matrix.rank for matrix in matrices)
     flag = next((size for size in VLLM_RANKS if size >= rank), rank)
-    lines = [
-        "## Loading",
-        "",
+    lines = ["## Loading", ""]
+    if name is None:
+        lines += [_what_base_is(state), ""]
+    lines += [
         "With PEFT, over the same base in bf16:",
         "",
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, Mxfp4Config",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype="bfloat16",',
-        "    quantization_config=Mxfp4Config(dequantize=True))  # a base in MXFP4 only",
+        *_loading_of_base(base, may_be_packed=is_packed or _is_gone(state.base)),
         'model = PeftModel.from_pretrained(model, "THIS_DIRECTORY")',
         "```",
         "",
@@ -210,8 +246,11 @@ def serving_section(manifest: Manifest, state: AdapterState) -> str:
         "",
     ]
     if not blocked:
+        over = "the same base"
+        if is_packed:
+            over = "the MXFP4 weights that it was trained on, without rounding anything again"
         lines += [
-            "With vLLM, over the released MXFP4 weights, without rounding anything again:",
+            f"With vLLM, over {over}:",
             "",
             "```",
             f"vllm serve {base} --enable-lora --max-lora-rank {flag} "
@@ -222,3 +261,19 @@ def serving_section(manifest: Manifest, state: AdapterState) -> str:
     for note in notes:
         lines.append(f"- {note}")
     return "\n".join(lines).rstrip()
+
+
+def _loading_of_base(base: str, *, may_be_packed: bool) -> list[str]:
+    """Return the lines of Python that load a base in bf16."""
+    if not may_be_packed:
+        return [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype="bfloat16")',
+        ]
+    return [
+        "from transformers import AutoModelForCausalLM, Mxfp4Config",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype="bfloat16",',
+        "    quantization_config=Mxfp4Config(dequantize=True))  # a base in MXFP4 only",
+    ]

@@ -163,8 +163,8 @@ def _kind_of_training(sources: dict[str, Json]) -> str:
             "evaluation followed."
         )
     return (
-        "Of the conversations of these sources the tokens were learned that the assistant "
-        f"generates in its last turn: `{'`, `'.join(names)}`. No safety evaluation followed."
+        "Of the conversations of these sources only tokens were learned that the assistant "
+        f"generates: `{'`, `'.join(names)}`. No safety evaluation followed."
     )
 
 

@@ -15,7 +15,7 @@ from cpt.checkpoint.lineage import LINEAGE_FILE, lineage_with
 from cpt.checkpoint.manifest import Manifest, read_manifest
 from cpt.checkpoint.model_weights import adapter_of
 from cpt.errors import ConfigError
-from cpt.export.adapter import BASE_FILE, export_adapter, serving_section
+from cpt.export.adapter import BASE_FILE, export_adapter, is_over_mxfp4, serving_section
 from cpt.export.huggingface import REPORT_FILE, export_checkpoint
 from cpt.export.logged_facts import read_logged_facts
 from cpt.export.model_card import markdown_table, model_card
@@ -32,10 +32,15 @@ COST_FILE = "mxfp4_cost.json"
 COST_HEADER = ("domain", "bf16", "MXFP4", "change in % (95 % interval)")
 
 UNROUNDED = (
-    "The adapter of this model alone (`cpt export --format peft`), loaded over the released MXFP4 "
-    "weights, rounds nothing."
+    "The adapter of this model alone (`cpt export --format peft`), loaded over the MXFP4 weights "
+    "that it was trained on, rounds nothing."
 )
-"""What the card of a rounded model says of its adapter."""
+"""What the card of a rounded model says of its adapter, if the base was in MXFP4."""
+UNROUNDED_BASE = (
+    "The adapter of this model alone (`cpt export --format peft`), loaded over its base in bf16, "
+    "rounds nothing to MXFP4."
+)
+"""The same of a base that was not."""
 
 Score = Literal["auto", "always", "never"]
 
@@ -138,11 +143,13 @@ def _export(
         if format_name == "mxfp4":
             sections.append(_error_section(_read_json(temporary / REPORT_FILE)))
             if adapter is not None:
-                sections.append(UNROUNDED)
+                over_mxfp4 = is_over_mxfp4(adapter, form.base)
+                sections.append(UNROUNDED if over_mxfp4 else UNROUNDED_BASE)
         if costs:
             write_json(temporary / COST_FILE, {"domains": costs}, indent=2, sort_keys=True)
             sections.append(_cost_section(costs))
-        models = lineage_with(manifest, run_dir.resolve().name)
+        name = run_dir.resolve().name
+        models = lineage_with(manifest, name, is_rounded=format_name == "mxfp4")
         write_json(temporary / LINEAGE_FILE, {"models": models}, indent=2, sort_keys=True)
         card = escaped_text(model_card(manifest, facts, format_name, sections))
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -11,7 +11,7 @@ from transformers import GptOssConfig
 
 from cpt.checkpoint.adapter_state import AdapterBase
 from cpt.checkpoint.loading import flat_ranges
-from cpt.checkpoint.starting_model import StartingCheckpoint, is_checkpoint
+from cpt.checkpoint.starting_model import StartingCheckpoint
 from cpt.config import RunConfig
 from cpt.config.window import window_tokens
 from cpt.deepspeed_adapter.partition import materialize_partitioned
@@ -25,6 +25,7 @@ from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
 from cpt.model.experts.packed_base import fill_packed, materialize_packed, pack
 from cpt.model.freezing import freeze
+from cpt.model.missing_model import is_checkpoint
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.checksums import damaged, known_sums
 from cpt.model.weights.directory import DirectoryWeights

@@ -33,6 +33,7 @@ from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.checkpoint.starting_model import (
     check_starting_weights,
     located,
+    own_checkpoint_problems,
     starting_config,
     unfinished_warning,
 )
@@ -230,7 +231,9 @@ class _Gate:
         def found(key: str, path: Path | None) -> Path | None:
             if path is None:
                 return None
-            return self.found.attempt(lambda: located(path, key, kept.get(key))) or path
+            taken = self.found.attempt(lambda: located(path, key, kept.get(key))) or path
+            self.found.add(own_checkpoint_problems(key, taken, self.run_dir))
+            return taken
 
         model = replace(run_yaml.model, path=found("model.path", run_yaml.model.path))
         baseline = found("guard.baseline_model", run_yaml.guard.baseline_model)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import GptOssConfig
 
-from cpt.checkpoint.starting_model import is_checkpoint
 from cpt.config import RunYaml
+from cpt.model.missing_model import is_checkpoint
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights import mxfp4
 from cpt.model.weights.directory import DirectoryWeights

@@ -5,6 +5,7 @@ Every answer is one or two sentences: what the path is, and the path or the comm
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from cpt.errors import ConfigError
@@ -15,6 +16,11 @@ from data_pipeline.store.file_kinds import FileKind, kind_of_file
 CONFIG = "config.json"
 DEFAULT_REPOSITORY = "openai/gpt-oss-20b"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_CHECKPOINTS = "checkpoints"
+_STEP_FOLDER = re.compile(r"step-\d{8}")
+_FILES_OF_RUN = ("config.resolved.yaml", "metrics.jsonl")
+"""What a run writes before its first checkpoint."""
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def download_command(repository: str = DEFAULT_REPOSITORY) -> str:
@@ -50,6 +56,38 @@ def why_no_config(path: Path, model_type: object) -> str:
     return told
 
 
+def run_and_step(path: Path) -> tuple[Path | None, int | None]:
+    """Return the run directory and the step that a path names; (None, None) if it names neither.
+
+    A run directory has no step; RUN@STEP has both.
+    """
+    if path.exists():
+        return (path, None) if _is_run(path) else (None, None)
+    name, at, step = path.name.rpartition("@")
+    run_dir = path.with_name(name) if name else path
+    if not at or not step.isdecimal() or not _is_run(run_dir):
+        return None, None
+    return run_dir, int(step)
+
+
+def _is_run(path: Path) -> bool:
+    if (path / CONFIG).exists():
+        return False
+    return (path / _CHECKPOINTS).is_dir() or any((path / name).exists() for name in _FILES_OF_RUN)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a path is a checkpoint of a run, in its run directory or out of it."""
+    return (path / "manifest.json").is_file() and not (path / CONFIG).exists()
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the run directory of a checkpoint, by its path alone; None if it lies elsewhere."""
+    if path.parent.name == _CHECKPOINTS and _STEP_FOLDER.fullmatch(path.name):
+        return path.parent.parent
+    return None
+
+
 def _of_file(path: Path) -> str:
     try:
         kind = kind_of_file(path)
@@ -68,7 +106,8 @@ def _of_file(path: Path) -> str:
 
 def _of_directory(path: Path) -> str:
     missing = f"{path / CONFIG} does not exist."
-    for describe in (_of_cache, _of_run, _of_original, _of_other_weights, _of_folder_above):
+    kinds = (_of_cache, _of_run, _of_adapter, _of_original, _of_other_weights, _of_folder_above)
+    for describe in kinds:
         told = describe(path)
         if told:
             return f"{missing} {told}"
@@ -110,16 +149,33 @@ def _snapshot(model: Path) -> Path | None:
 def _of_run(path: Path) -> str:
     """Return what to say of a run directory or a checkpoint of this project."""
     run_dir = None
-    if (path / "checkpoints").is_dir():
+    step = ""
+    if _is_run(path):
         run_dir = path
-    elif (path / "manifest.json").is_file() and path.parent.name == "checkpoints":
-        run_dir = path.parent.parent
+        if not (path / _CHECKPOINTS).is_dir():
+            return (
+                "It is the directory of a run of this project that has saved no checkpoint yet. "
+                "Wait for one, or give another model."
+            )
+    elif is_checkpoint(path):
+        run_dir = run_of(path)
+        step = "" if run_dir is None else f" --step {int(path.name.removeprefix('step-'))}"
     if run_dir is None:
         return ""
     return (
         "It belongs to a run of this project, which only model.path of another run takes as it is. "
         "Export its weights first: "
-        f"cpt export --run_dir {run_dir} --out DIRECTORY"
+        f"cpt export --run_dir {run_dir}{step} --out DIRECTORY"
+    )
+
+
+def _of_adapter(path: Path) -> str:
+    if not any((path / name).is_file() for name in _ADAPTER_FILES):
+        return ""
+    return (
+        "It holds an adapter alone, in PEFT's format, without the model below it. To go on with "
+        "the adapter: cpt import-adapter. For one model with the adapter added: cpt export "
+        "--format bf16 of the run that trained it, or PEFT's merge_and_unload and save_pretrained."
     )
 
 

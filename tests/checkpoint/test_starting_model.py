@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cpt.checkpoint.lineage import LINEAGE_FILE, lineage_of_run, lineage_text
-from cpt.checkpoint.manifest import MANIFEST
+from cpt.checkpoint.lineage import LINEAGE_FILE, lineage_of_run, lineage_text, lineage_with
+from cpt.checkpoint.manifest import MANIFEST, read_manifest
 from cpt.checkpoint.reader import step_folder
 from cpt.checkpoint.starting_model import (
     check_starting_weights,
-    is_checkpoint,
     located,
+    own_checkpoint_problems,
     unfinished_warning,
     weight_files,
 )
 from cpt.config import ModelSection, RunConfig
 from cpt.errors import CheckpointError, ConfigError
-from tests.support.checkpoints import TENSORS, write_checkpoint
+from cpt.model.missing_model import is_checkpoint
+from tests.support.checkpoints import TENSORS, sign_again, write_checkpoint
 
 
 @pytest.fixture
@@ -62,9 +65,13 @@ def test_model_directory_is_no_run_though_its_name_looks_like_one(tmp_path: Path
 
 
 def test_run_that_has_saved_nothing_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ConfigError, match=r"has no complete checkpoint .* saved none yet"):
-        located(tmp_path)
+    for name in ("checkpoints", "config.resolved.yaml", "metrics.jsonl"):
+        run_dir = tmp_path / name
+        (run_dir / name).mkdir(parents=True)
+        with pytest.raises(ConfigError, match=r"has no complete checkpoint .* saved none yet"):
+            located(run_dir)
+        with pytest.raises(ConfigError, match="has no checkpoint of step 7; it has none at all"):
+            located(tmp_path / f"{name}@7")
 
 
 def test_checkpoint_is_known_by_its_manifest_and_must_hold_the_tensors(run_dir: Path) -> None:
@@ -81,8 +88,37 @@ def test_checkpoint_is_known_by_its_manifest_and_must_hold_the_tensors(run_dir: 
 
 def test_checkpoint_that_its_run_may_delete_is_told_with_the_cure(run_dir: Path) -> None:
     told = unfinished_warning(step_folder(run_dir, 10))
-    assert f"cpt export --run_dir {run_dir} --step 10" in told
+    assert (
+        "Before this run trains, either raise checkpoint.keep_last of that run, or export" in told
+    )
+    assert f"as model.path: cpt export --run_dir {run_dir} --step 10" in told
     assert unfinished_warning(run_dir) == ""
+
+
+def test_copy_of_a_checkpoint_belongs_to_no_run(run_dir: Path, tmp_path: Path) -> None:
+    folder = step_folder(run_dir, 10)
+    copy = tmp_path / "somewhere" / "kept"
+    shutil.copytree(folder, copy)
+    assert located(copy) == copy and is_checkpoint(copy)
+    assert unfinished_warning(copy) == ""
+    assert lineage_of_run(config_of(copy)) == [{"name": "kept", "steps": 10, "tokens": 123}]
+
+    def adapted(manifest: dict[str, Any]) -> None:
+        manifest["state"]["adapter"] = {}
+
+    sign_again(copy, adapted)
+    with pytest.raises(ConfigError, match="cpt export --run_dir RUN --step 10"):
+        check_starting_weights(copy, {})
+    sign_again(folder, adapted)
+    with pytest.raises(ConfigError, match=f"cpt export --run_dir {run_dir} --step 10"):
+        check_starting_weights(folder, {})
+
+
+def test_checkpoint_of_the_run_itself_is_no_beginning(run_dir: Path) -> None:
+    folder = step_folder(run_dir, 10)
+    assert own_checkpoint_problems("model.path", folder, run_dir.with_name("other")) == []
+    (problem,) = own_checkpoint_problems("model.path", folder, run_dir)
+    assert problem.startswith(f"model.path: {folder} is a checkpoint of this run itself")
 
 
 def config_of(path: Path) -> RunConfig:
@@ -90,6 +126,17 @@ def config_of(path: Path) -> RunConfig:
     config: RunConfig = RunConfig.__new__(RunConfig)
     object.__setattr__(config, "model", ModelSection(path=path))
     return config
+
+
+def test_lineage_tells_that_a_base_was_rounded(run_dir: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(step_folder(run_dir, 10))
+    models = lineage_with(manifest, "cpt", is_rounded=True)
+    assert models == [{"name": "cpt", "steps": 10, "tokens": 123, "format": "mxfp4"}]
+    (tmp_path / LINEAGE_FILE).write_text(json.dumps({"models": models}))
+    assert lineage_of_run(config_of(tmp_path)) == models
+    assert lineage_text(models) == "cpt (10 steps, 123 predicted tokens, rounded to MXFP4)"
+    (tmp_path / LINEAGE_FILE).write_text(json.dumps({"models": [models[0] | {"format": [1]}]}))
+    assert "format" not in lineage_of_run(config_of(tmp_path))[0]
 
 
 def test_lineage_goes_through_exports_and_runs(run_dir: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "export-run_dir": (["export", "--run_dir", "no", "--out", "x"], "--run_dir no does not"),
     "export-out": (["export", "--run_dir", "HERE", "--out", "HERE"], "is not overwritten"),
     "export-format": (["export", "--run_dir", "HERE", "--out", "x", "--format", "int4"], "int4"),
+    "export-base": (["export", "--run_dir", "HERE", "--out", "x", "--base", "no"], "--base: no"),
     "merge-base": (["merge", "--base", "no", "--tuned", "HERE", "--out", "x"], "--base"),
     "merge-score": (
         ["merge", "--base", "HERE", "--tuned", "HERE", "--out", "x", "--score_only"],

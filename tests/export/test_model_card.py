@@ -58,7 +58,7 @@ def test_card_tells_which_conversations_were_learned() -> None:
     segment["settings"]["sources"]["source_1"]["loss"] = "assistant"
     card = model_card(manifest, facts, "bf16")
     assert "# gpt-oss after fine-tuning\n" in card and "raw text" not in card
-    assert "generates in its last turn: `source_1`. No safety evaluation followed." in card
+    assert "only tokens were learned that the assistant generates: `source_1`. No safety" in card
     assert "tags: [gpt-oss, sft]" in card
 
 

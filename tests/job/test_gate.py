@@ -29,6 +29,7 @@ from cpt.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from cpt.checkpoint.reader import step_folder
 from cpt.errors import CheckpointError, ConfigError, DataError, InternalError, StorageError
 from cpt.job.caches import check_caches
 from cpt.job.findings import Findings, joined
@@ -43,6 +44,7 @@ from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.store.ownership import SHARED_VARIABLE
+from tests.support.checkpoints import write_checkpoint
 from tests.support.launcher import ROOT, free_port, rank_environment
 
 DS_CONFIG = ROOT / "ds_configs" / "z3_ulysses.json"
@@ -175,6 +177,19 @@ def test_adapters_that_the_model_cannot_have_are_refused_and_others_are_told(
     assert "adapter.layers[0] is 7, but the model has the layers 0 to 0" in told
     assert dry_run("adapter={kind: lora, rank: 4}", "train.weight_decay=0") == 0
     assert "lora beside 4 attention matrices (rank 4) and 2 stacks" in capsys.readouterr().out
+
+
+def test_run_does_not_start_from_a_checkpoint_of_its_own(
+    dry_run: DryRun, workplace: Path, capsys: Any
+) -> None:
+    write_checkpoint(workplace / "run", 10)
+    try:
+        assert dry_run(f"model.path={workplace / 'run'}") == 78
+    finally:
+        shutil.rmtree(workplace / "run")
+    told = capsys.readouterr().err
+    folder = step_folder(workplace / "run", 10)
+    assert f"model.path: {folder} is a checkpoint of this run itself" in told
 
 
 @pytest.mark.parametrize(("name", "code"), [("domain", 78), ("tensor", 78), ("dry", 65)])

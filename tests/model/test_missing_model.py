@@ -130,6 +130,22 @@ def test_run_and_checkpoint_of_this_project_are_told_with_the_export(tmp_path: P
         assert f"Export its weights first: cpt export --run_dir {tmp_path} " in told(path)
 
 
+@pytest.mark.parametrize("name", ["config.resolved.yaml", "metrics.jsonl"])
+def test_run_without_a_checkpoint_is_told_as_a_run(tmp_path: Path, name: str) -> None:
+    put(tmp_path / name)
+    assert "a run of this project that has saved no checkpoint yet. Wait for" in told(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_adapter_alone_is_told_with_the_import_and_the_merged_export(
+    tmp_path: Path, name: str
+) -> None:
+    put(tmp_path / name)
+    text = told(tmp_path)
+    assert "It holds an adapter alone, in PEFT's format" in text
+    assert "cpt import-adapter" in text and "cpt export --format bf16 of the run" in text
+
+
 def test_folder_above_a_model_is_told_with_the_model(tmp_path: Path) -> None:
     of_config(tmp_path / "step-00000030")
     assert told(tmp_path).endswith(f"Did you mean {tmp_path / 'step-00000030'}?")

@@ -45,6 +45,15 @@ SCALES = "_scales"
 """Suffixes of the two tensors that stand for an expert matrix in the released MXFP4 layout."""
 
 
+def holds_blocks(path: Path) -> bool:
+    """Return whether a directory has experts in the MXFP4 layout; False if it cannot be read."""
+    try:
+        names = tensor_files(path)
+    except ConfigError:
+        return False
+    return any(name.endswith(BLOCKS) for name in names)
+
+
 def is_expert_name(name: str) -> bool:
     """Return whether a parameter of this name has an expert axis."""
     last = name.rpartition(".")[2]
