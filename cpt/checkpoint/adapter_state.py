@@ -204,11 +204,14 @@ class AdapterState:
                 f"{escaped_line(wrong[0], 300)}"
             )
 
-    def problems(self, now: AdapterSection, config: GptOssConfig, checkpoint: str) -> list[str]:
+    def problems(
+        self, now: AdapterSection, dtype: str, config: GptOssConfig, checkpoint: str
+    ) -> list[str]:
         """Return what differs between this adapter and that of a run, with both values.
 
         Args:
             now: The `adapter` section of the run.
+            dtype: `train.dtype` of the run.
             config: The model's configuration.
             checkpoint: Name of the checkpoint.
 
@@ -223,6 +226,12 @@ class AdapterState:
             new = _value(now, key, config)
             if old != new:
                 problems.append(f"{checkpoint} has adapter.{key} {old}, now it is {new}.")
+        # the base is read again in the new dtype, and the adapter would go on beside other weights
+        if dtype != self.dtype and not self.imported:
+            problems.append(
+                f"{checkpoint} has train.dtype {self.dtype}, in which the weights below its "
+                f"adapter were held, now it is {dtype}. Give train.dtype: {self.dtype}."
+            )
         old_names = {matrix.name for matrix in adapted_matrices(before, config)}
         new_names = {matrix.name for matrix in adapted_matrices(now, config)}
         for names, told in (

@@ -83,7 +83,13 @@ def assemble(context: RunContext) -> Job:
             verify_checksums(source, context.topology)
         fill_weights(engine, source, below_adapter=not begins)
     if loaded is not None:
-        refuse_other_adapter(loaded.state, loaded.folder.name, config.adapter, context.model_config)
+        refuse_other_adapter(
+            loaded.state,
+            loaded.folder.name,
+            config.adapter,
+            context.model_config,
+            config.train.dtype,
+        )
         if adapter is not None:
             refuse_other_base(loaded.state, loaded.folder.name, adapter.base)
         if begins:  # what was imported takes the place of the first values

@@ -424,7 +424,8 @@ class _Gate:
         self.config = self.configs[stage or 0]
         folder = step_folder(self.run_dir, checkpoint.step)
         found.attempt(lambda: refuse_foreign(folder, "checkpoint", in_run_dir=True))
-        found.attempt(lambda: checkpoint.check_model(self.model_config, self.run_yaml.adapter))
+        adapter, dtype = first.adapter, first.train.dtype
+        found.attempt(lambda: checkpoint.check_model(self.model_config, adapter, dtype))
         if self.run_yaml.adapter.is_on:
             found.attempt(lambda: checkpoint.check_base(base_of(first, self.model_config)))
         if checkpoint.state.begins_a_run:

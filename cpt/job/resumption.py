@@ -293,18 +293,19 @@ class ExpectedCheckpoint:
         skipped = merged([*progress.skip_ranges, *given_up])
         return stages.stage_of(batch_of_step(progress.step, skipped))
 
-    def check_model(self, model_config: GptOssConfig, adapter: AdapterSection) -> None:
+    def check_model(self, model_config: GptOssConfig, adapter: AdapterSection, dtype: str) -> None:
         """Refuse a checkpoint of another model, or of another adapter.
 
         Args:
             model_config: The model as it is now.
             adapter: The `adapter` section as it is now.
+            dtype: `train.dtype` as it is now.
 
         Raises:
             ConfigError: it is an adapter and the run has none, or another one, or the reverse.
             CheckpointError: the parameters are others.
         """
-        refuse_other_adapter(self.state, self.name, adapter, model_config)
+        refuse_other_adapter(self.state, self.name, adapter, model_config, dtype)
         wanted = {}
         shapes = adapter_shapes(adapter, model_config) or parameter_shapes(model_config)
         for name, shape in shapes.items():
@@ -321,7 +322,11 @@ class ExpectedCheckpoint:
 
 
 def refuse_other_adapter(
-    state: RunState, checkpoint: str, adapter: AdapterSection, model_config: GptOssConfig
+    state: RunState,
+    checkpoint: str,
+    adapter: AdapterSection,
+    model_config: GptOssConfig,
+    dtype: str,
 ) -> None:
     """Refuse a checkpoint whose adapter is not that of a run.
 
@@ -330,6 +335,7 @@ def refuse_other_adapter(
         checkpoint: Its name.
         adapter: The `adapter` section of the run.
         model_config: The model's configuration.
+        dtype: `train.dtype` of the run.
 
     Raises:
         ConfigError: all that differs, with both values.
@@ -342,7 +348,7 @@ def refuse_other_adapter(
     elif saved is not None and not adapter.is_on:
         problems.append(no_adapter_problem(checkpoint))
     elif saved is not None:
-        problems += saved.problems(adapter, model_config, checkpoint)
+        problems += saved.problems(adapter, dtype, model_config, checkpoint)
     if problems:
         raise ConfigError(problems)
 

@@ -76,7 +76,7 @@ def test_damaged_state_is_refused(key: str, value: Any) -> None:
 )
 def test_every_difference_is_told_with_both_values(changes: dict[str, Any], told: str) -> None:
     now = dataclasses.replace(SECTION, **changes)
-    problems = STATE.problems(now, CONFIG, "step-3")
+    problems = STATE.problems(now, "bf16", CONFIG, "step-3")
     assert any(told in problem for problem in problems), problems
     assert "new --run_dir" in problems[-1]
 
@@ -84,7 +84,15 @@ def test_every_difference_is_told_with_both_values(changes: dict[str, Any], told
 def test_the_same_adapter_in_other_words_is_the_same() -> None:
     """The packed base has the same numbers, and a default is what it stands for."""
     now = dataclasses.replace(SECTION, base="mxfp4", expert_rank=8, layers=("0-2",))
-    assert STATE.problems(now, CONFIG, "step-3") == []
+    assert STATE.problems(now, "bf16", CONFIG, "step-3") == []
+
+
+def test_an_adapter_goes_on_in_the_dtype_of_its_base_unless_it_was_trained_elsewhere() -> None:
+    told = STATE.problems(SECTION, "fp32", CONFIG, "step-3")
+    assert told[0].startswith("step-3 has train.dtype bf16, in which")
+    assert told[0].endswith("now it is fp32. Give train.dtype: bf16.")
+    imported = dataclasses.replace(STATE, imported=True)
+    assert imported.problems(SECTION, "fp32", CONFIG, "step-3") == []
 
 
 LARGE = ("model.embed_tokens.weight", "model.layers.0.mlp.experts.down_proj", "lm_head.weight")
@@ -187,4 +195,4 @@ def test_layers_beyond_the_model_are_refused_before_they_take_memory() -> None:
     section = dataclasses.replace(SECTION, layers=(f"0-{10**12}",))
     state = dataclasses.replace(STATE, section=section)
     with pytest.raises(CheckpointError, match=r"step-3: state\.adapter .* the layers 0 to 3"):
-        state.problems(SECTION, CONFIG, "step-3")
+        state.problems(SECTION, "bf16", CONFIG, "step-3")

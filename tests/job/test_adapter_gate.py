@@ -80,3 +80,15 @@ def test_adapter_under_a_run_without_one_and_the_reverse_are_refused(
     write_manifest(imported, manifest)
     assert dry_run(*SETTINGS) == 78
     assert "holds a whole model, and the run has an adapter." in capsys.readouterr().err
+
+
+def test_trained_adapter_under_another_dtype_is_refused(
+    dry_run: DryRun, workplace: Path, capsys: Any
+) -> None:
+    config = load_config(workplace / "weights", None)
+    write_adapter(workplace / "run", workplace / "weights", SECTION, config, dtype="bf16")
+    codes = [dry_run(*SETTINGS, f"train.dtype={dtype}") for dtype in ("fp32", "bf16")]
+    shutil.rmtree(workplace / "run")
+    told = capsys.readouterr().err
+    assert codes[0] == 78
+    assert told.count("has train.dtype bf16") == 1 and "Give train.dtype: bf16." in told
