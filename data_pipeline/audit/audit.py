@@ -33,8 +33,7 @@ from data_pipeline.audit.shown_conversation import (
     tells_more,
 )
 from data_pipeline.build.document import Document
-from data_pipeline.build.part import TOO_LONG
-from data_pipeline.build.sources import read_documents
+from data_pipeline.build.sources import TOO_LONG, read_documents
 from data_pipeline.build.units import split_into_units
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
@@ -255,7 +254,7 @@ def _audit_source(job: tuple[SourceConfig, int, int]) -> SourceAudit:
     source, limit, seq_len = job
     result = SourceAudit(name=source.name, language=source.language)
     seen: set[int] = set()
-    for document, unit_start in _some_documents(source, limit, result):
+    for document, unit_start in _some_documents(source, limit, seq_len, result):
         if not result.add_tokens(document, seq_len, unit_start):
             continue
         result.documents += 1
@@ -266,7 +265,7 @@ def _audit_source(job: tuple[SourceConfig, int, int]) -> SourceAudit:
 
 
 def _some_documents(
-    source: SourceConfig, limit: int, result: SourceAudit
+    source: SourceConfig, limit: int, seq_len: int, result: SourceAudit
 ) -> Iterator[tuple[Document, int]]:
     """Yield up to `limit` documents, as many from each unit, and note what a build rejects.
 
@@ -278,7 +277,8 @@ def _some_documents(
     for number, unit in enumerate(units):
         tally = Tally()
         wanted = (limit - result.documents) // (len(units) - number)
-        for document in itertools.islice(read_documents(source, unit, tally), max(wanted, 1)):
+        documents = read_documents(source, unit, tally, seq_len)
+        for document in itertools.islice(documents, max(wanted, 1)):
             yield document, unit.start
         result.rejects += tally.rejects
         result.notes += tally.notes

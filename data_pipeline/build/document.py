@@ -30,6 +30,8 @@ class Document:
     """Text for people to look at; empty for invented tokens."""
     content_hash: int
     """Hash of the whole content, 128 bits; equal for documents with the same content."""
+    record: int = 0
+    """Content hash of the whole record, of which the document is a turn; 0 if it is all of it."""
     num_bytes: int
     """UTF-8 bytes that count for bits per byte."""
     is_conversation: bool = False
@@ -58,6 +60,7 @@ class Document:
         return Document(
             text=self.text,
             content_hash=self.content_hash,
+            record=self.record,
             num_bytes=self.num_bytes,
             is_conversation=self.is_conversation,
             cluster=cluster,
@@ -85,7 +88,7 @@ class Document:
         """Return the document of a conversation; effort and date do not count as its content."""
         return cls(
             text=conversation.text,
-            content_hash=content_hash(conversation.content.encode("utf-8")),
+            content_hash=hash_of(conversation),
             num_bytes=conversation.num_bytes,
             is_conversation=True,
             place=place,
@@ -93,21 +96,19 @@ class Document:
         )
 
     @classmethod
-    def from_turn(cls, conversation: Conversation, whole: str, place: Place) -> Document:
+    def from_turn(cls, conversation: Conversation, record: int, place: Place) -> Document:
         """Return the document of a conversation of which only the last turn is learned.
 
         Args:
             conversation: The conversation up to that turn.
-            whole: All that tells the record from others. The high half of the hash is made of it,
-                so it is that of all turns of a record, which one fate may await.
+            record: Content hash of the whole record, if that has other turns to learn; else 0.
             place: Place of the record.
         """
-        own = content_hash(conversation.content.encode("utf-8"))
-        shared = content_hash(whole.encode("utf-8"))
         rendering = _Rendering(conversation)
         return cls(
             text=conversation.text,
-            content_hash=(shared >> 64) << 64 | own & 2**64 - 1,
+            content_hash=hash_of(conversation),
+            record=record,
             num_bytes=conversation.num_bytes,
             is_conversation=True,
             place=place,
@@ -118,19 +119,12 @@ class Document:
 
     @classmethod
     def from_stored_conversation(cls, stored: StoredConversation, place: Place) -> Document:
-        """Return the document of a conversation of an earlier build.
-
-        With a loss mask the high half of its hash is that of its record, as for the turns of one
-        that is read from its file.
-        """
-        own = content_hash(body(stored.tokens).tobytes())
+        """Return the document of a conversation of an earlier build."""
         loss = stored.loss
-        if loss is not None:
-            shared = content_hash(stored.record.encode("utf-8", "surrogateescape"))
-            own = (shared >> 64) << 64 | own & 2**64 - 1
         return cls(
             text=decode(body(stored.tokens)),
-            content_hash=own,
+            content_hash=content_hash(body(stored.tokens).tobytes()),
+            record=stored.record,
             num_bytes=stored.num_bytes,
             is_conversation=True,
             place=place,
@@ -148,6 +142,11 @@ class Document:
             num_bytes=len(tokens) * BYTES_PER_INVENTED_TOKEN,
             tokenize=lambda: tokens,
         )
+
+
+def hash_of(conversation: Conversation) -> int:
+    """Return the content hash of a conversation; what is learned of it does not count."""
+    return content_hash(conversation.content.encode("utf-8"))
 
 
 class _Rendering:

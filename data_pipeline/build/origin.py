@@ -31,6 +31,7 @@ from data_pipeline.errors import StorageError
 from data_pipeline.objects.object_paths import is_address
 from data_pipeline.store.manifest import BuildManifest, InputFiles
 from data_pipeline.text.cleaning import STEP_VERSIONS
+from data_pipeline.text.conversation_reader import LOSS_RULES_VERSION
 from data_pipeline.text.harmony_records import RULES_VERSION
 from data_pipeline.text.tokenizer import RANKS_SHA256
 
@@ -190,6 +191,7 @@ def _conversation_rules(source: SourceConfig) -> Rules:
         rules["shape"] = source.shape
     if source.loss != "all":
         rules["loss"] = source.loss
+        rules["loss_rules"] = LOSS_RULES_VERSION
     if source.turns != "last":
         rules["turns"] = source.turns
     if source.require_analysis:

@@ -42,7 +42,8 @@ from data_pipeline.build.document import Document
 from data_pipeline.build.input_files import InputFile, check_unchanged
 from data_pipeline.build.kept_fields import KeptWriter
 from data_pipeline.build.near_duplicates import NUM_HASHES, Signatures, minhash_signatures
-from data_pipeline.build.sources import read_documents
+from data_pipeline.build.sources import TOO_LONG, read_documents
+from data_pipeline.build.stored_rows import holds_turns
 from data_pipeline.build.units import Unit
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
@@ -51,7 +52,7 @@ from data_pipeline.store.packing import ARRAY_ERRORS, why_no_array
 from data_pipeline.store.provenance import Places
 from data_pipeline.store.shards import SUFFIX, LossMask, write_shard
 from data_pipeline.text.cleaning import Tally
-from data_pipeline.text.harmony import body, learned_turn
+from data_pipeline.text.harmony import body, last_turn
 from data_pipeline.text.tokenizer import Tokens
 
 VERSION = 1
@@ -66,8 +67,6 @@ Copies that are further apart are found at the end of the build.
 """
 SHARD = f"documents{SUFFIX}"
 """Name of the shard among the files of a part."""
-TOO_LONG = "conversation longer than a row"
-"""Beginning of the reason why a conversation is left out."""
 NOTHING_LEARNED = "no token bears loss"
 """The reason why a document with a loss mask is left out."""
 SIGNATURE_TOKENS = 1 << 17
@@ -109,6 +108,17 @@ class Part:
         return self._side_path("hashes")
 
     @property
+    def records_path(self) -> Path:
+        """Content hashes of the records that the documents are turns of; absent if none are."""
+        return self._side_path("records")
+
+    @property
+    def by_record(self) -> bool:
+        """Whether a record may give several documents, its turns: they are held out, or none."""
+        source = self.source
+        return source.turns == "each" or (source.format == "build" and holds_turns(source))
+
+    @property
     def clusters_path(self) -> Path:
         """Clusters of the documents in the shard; absent if the source names none."""
         return self._side_path("clusters")
@@ -139,6 +149,8 @@ class Part:
             paths["clusters"] = self.clusters_path
         if self.source.keep:
             paths["kept"] = self.kept_path
+        if self.by_record:
+            paths["records"] = self.records_path
         if self.near_duplicates:
             paths["minhash"] = self.signatures_path
         return paths
@@ -206,6 +218,11 @@ def read_hashes(part: Part) -> Hashes:
     return read_side_file(part.hashes_path, part.work_dir)
 
 
+def read_records(part: Part) -> Hashes:
+    """Return the content hash of the record of each document in a part's shard."""
+    return read_side_file(part.records_path, part.work_dir)
+
+
 def read_clusters(part: Part) -> Hashes64:
     """Return the clusters of the documents in a part's shard, as a memory map."""
     return read_side_file(part.clusters_path, part.work_dir)
@@ -247,7 +264,7 @@ def make_part(part: Part) -> Account:
     make_folder(part.shard_path.parent)
     make_folder(part.account_path.parent)
     tally = Tally()
-    facts = _DocumentFacts(part.near_duplicates)
+    facts = _DocumentFacts(part.near_duplicates, part.by_record)
     try:
         has_shard = _write_shard(part, tally, facts)
     except (DataError, OSError):
@@ -261,6 +278,9 @@ def make_part(part: Part) -> Account:
     if part.source.cluster_by is not None:
         with atomic_write(part.clusters_path) as file:
             np.save(file, facts.clusters())
+    if part.by_record:
+        with atomic_write(part.records_path) as file:
+            np.save(file, facts.records())
     if part.near_duplicates:
         with atomic_write(part.signatures_path) as file:
             np.save(file, facts.signatures())
@@ -289,7 +309,7 @@ class _Encoded(NamedTuple):
 
 def _write_shard(part: Part, tally: Tally, facts: _DocumentFacts) -> bool:
     """Write the documents of the unit, each once, and return whether there are any."""
-    documents = facts.without_copies(read_documents(part.source, part.unit, tally))
+    documents = facts.without_copies(read_documents(part.source, part.unit, tally, part.seq_len))
     tokenized = _within_limits(_encode(documents, part.seq_len, tally), part.source, tally)
     with _kept_writer(part) as kept:
         first = next(tokenized, None)
@@ -372,16 +392,31 @@ def _compared(document: Document, tokens: Tokens, loss: LossMask | None) -> Toke
     """
     if not document.is_conversation:
         return tokens
-    return body(tokens) if loss is None else learned_turn(tokens, loss)
+    return body(tokens) if loss is None else last_turn(tokens)
+
+
+def _halves(high: array.array[int], low: array.array[int]) -> Hashes:
+    hashes = np.empty(len(high), HASH_DTYPE)
+    hashes["high"] = high
+    hashes["low"] = low
+    return hashes
+
+
+def _identity(document: Document) -> int:
+    """Return what tells a document from all others of its unit."""
+    return document.record << 128 | document.content_hash
 
 
 class _DocumentFacts:
     """Facts about the documents of one unit that the end of the build needs."""
 
-    def __init__(self, need_signatures: bool) -> None:
+    def __init__(self, need_signatures: bool, by_record: bool) -> None:
         self._need_signatures = need_signatures
+        self._by_record = by_record
         self._high = array.array("Q")
         self._low = array.array("Q")
+        self._record_high = array.array("Q")
+        self._record_low = array.array("Q")
         self._clusters = array.array("Q")
         self._places = array.array("Q")
         self._waiting: list[Tokens] = []
@@ -399,9 +434,12 @@ class _DocumentFacts:
         return len(self._high)
 
     def without_copies(self, documents: Iterator[Document]) -> Iterator[Document]:
-        """Yield each document whose content was not noted before, and count the others."""
+        """Yield each document whose content was not noted before, and count the others.
+
+        Turns that two records have in common stay: either record may be held out.
+        """
         for document in documents:
-            num_tokens = self._tokens_of_seen.get(document.content_hash)
+            num_tokens = self._tokens_of_seen.get(_identity(document))
             if num_tokens is None:
                 yield document
             else:
@@ -412,6 +450,10 @@ class _DocumentFacts:
         """Add one document of the shard."""
         self._high.append(document.content_hash >> 64)
         self._low.append(document.content_hash & 2**64 - 1)
+        if self._by_record:
+            record = document.record or document.content_hash
+            self._record_high.append(record >> 64)
+            self._record_low.append(record & 2**64 - 1)
         self._clusters.append(document.cluster)
         self._places.append(document.origin)
         num_tokens = len(tokens)
@@ -422,7 +464,7 @@ class _DocumentFacts:
         self.num_tokens += num_tokens
         if len(self._tokens_of_seen) >= MAX_SEEN:
             self._tokens_of_seen.clear()
-        self._tokens_of_seen[document.content_hash] = num_tokens
+        self._tokens_of_seen[_identity(document)] = num_tokens
         if self._need_signatures:
             self._waiting.append(_compared(document, tokens, loss))
             self._num_waiting_tokens += len(tokens)
@@ -431,10 +473,11 @@ class _DocumentFacts:
 
     def hashes(self) -> Hashes:
         """Return the content hashes of the documents noted."""
-        hashes = np.empty(self.num_documents, HASH_DTYPE)
-        hashes["high"] = self._high
-        hashes["low"] = self._low
-        return hashes
+        return _halves(self._high, self._low)
+
+    def records(self) -> Hashes:
+        """Return the content hash of the whole record of each document noted."""
+        return _halves(self._record_high, self._record_low)
 
     def clusters(self) -> Hashes64:
         """Return the clusters of the documents noted."""

@@ -50,6 +50,7 @@ from data_pipeline.store.files import (
 )
 from data_pipeline.store.ownership import refuse_foreign
 from data_pipeline.text.cleaning import MAX_DOCUMENT_BYTES, STEP_VERSIONS
+from data_pipeline.text.conversation_reader import LOSS_RULES_VERSION
 from data_pipeline.text.harmony_records import RULES_VERSION
 from data_pipeline.text.tokenizer import RANKS_SHA256
 
@@ -159,6 +160,8 @@ def _identity(part: Part) -> Identity:
     }
     if source.format == "harmony":
         identity["conversation_rules"] = RULES_VERSION
+        if source.loss != "all":
+            identity["loss_rules"] = LOSS_RULES_VERSION
     if source.hook is not None:
         identity["hook"] = hook_rules(source)
     if source.normalise:

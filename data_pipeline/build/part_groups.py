@@ -37,8 +37,9 @@ class NumberedPart:
     """Number of its first document."""
     stop: int
     """One past the number of its last document."""
-    by_record: bool
-    """Whether all documents of a record are held out, or none (`turns: each`)."""
+    records_path: Path | None = None
+    """Content hashes of whole records, whose documents are all held out, or none; None if the hash
+    of a document is that of its record."""
 
     def hashes(self) -> Hashes:
         """Return the content hashes of the documents, as a memory map."""
@@ -47,8 +48,9 @@ class NumberedPart:
     def digests(self) -> Hashes64:
         """Return what decides which documents are held out, [documents]."""
         hashes = self.hashes()
-        low = hashes["high"] if self.by_record else hashes["low"]
-        return salted_digests(hashes["high"], low)
+        if self.records_path is not None:
+            hashes = read_side_file(self.records_path, self.work_dir)
+        return salted_digests(hashes["high"], hashes["low"])
 
     def signatures(self) -> Signatures:
         """Return the MinHash signatures of the documents, as a memory map."""
@@ -74,7 +76,7 @@ def numbered_parts(gathered: Sequence[SourceParts]) -> list[NumberedPart]:
                     source=source,
                     first=first,
                     stop=stop,
-                    by_record=parts.source.turns == "each",
+                    records_path=part.records_path if part.by_record else None,
                 )
             )
             first = stop

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.build.part import read_places
+from data_pipeline.build.part import read_places, read_records
 from data_pipeline.build.part_cache import link_or_copy
 from data_pipeline.build.source_parts import SourceParts
 from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
@@ -28,6 +28,7 @@ from data_pipeline.store.provenance import (
     names_of,
     write_files,
     write_places,
+    write_records,
 )
 
 _KINDS = {
@@ -56,6 +57,8 @@ def write_provenance(directory: Path, source: SourceParts) -> None:
     make_folder(folder)
     num_documents = sum(account.num_documents for account in source.accounts)
     write_places(folder, num_documents, _places(source))
+    if source.parts and source.parts[0].by_record:
+        write_records(folder, [read_records(part) for part in source.parts])
     kept_rows = []
     if source.source.keep:
         for number, part in enumerate(source.parts):

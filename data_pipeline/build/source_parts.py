@@ -10,13 +10,13 @@ import numpy as np
 from data_pipeline.build.clusters import Hashes64
 from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
 from data_pipeline.build.part import (
-    TOO_LONG,
     Account,
     Part,
     read_account,
     read_clusters,
     read_hashes,
 )
+from data_pipeline.build.sources import TOO_LONG
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.packing import Integers

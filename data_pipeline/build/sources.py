@@ -18,12 +18,12 @@ Decisions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from data_pipeline.build.clusters import NO_CLUSTER, cluster_of
-from data_pipeline.build.document import Document
+from data_pipeline.build.document import Document, hash_of
 from data_pipeline.build.hooks import DROPPED, run_hook
 from data_pipeline.build.json_records import parse_record
 from data_pipeline.build.kept_fields import kept_values
@@ -57,6 +57,7 @@ from data_pipeline.text.cleaning import (
     why_unusable,
 )
 from data_pipeline.text.conversation_reader import read_conversations
+from data_pipeline.text.harmony import Conversation
 from data_pipeline.text.record_shapes import keys_read
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ if TYPE_CHECKING:
 
 MAX_LINE_BYTES = MAX_DOCUMENT_BYTES
 """Length of the longest JSONL line or text file that is read."""
+TOO_LONG = "conversation longer than a row"
+"""Beginning of the reason why a conversation is left out."""
+_LONG_BYTES_PER_TOKEN = 4
+"""UTF-8 bytes for each token of a row from which on a conversation looks too long."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BUFFER_BYTES = 1 << 20
 
@@ -88,15 +93,24 @@ def read_texts(source: SourceConfig, tally: Tally) -> Iterator[str]:
         lines_before += unit_tally.lines
 
 
-def read_documents(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+def read_documents(
+    source: SourceConfig, unit: Unit, tally: Tally, seq_len: int | None = None
+) -> Iterator[Document]:
     """Yield the usable documents of one unit; lines are counted from the start of the unit.
+
+    Args:
+        source: The source.
+        unit: Stretch of its input.
+        tally: Counts of the documents, by what became of them; raised.
+        seq_len: Tokens of a row. With `turns: each` the turns from the first one on that no row has
+            room for are counted and not made.
 
     Raises:
         DataError: a file is missing or unreadable, or a table lacks the column.
     """
     try:
         for piece in unit.pieces():
-            yield from _READERS[unit.format](source, piece, tally)
+            yield from _READERS[unit.format](source, piece, tally, seq_len)
     except OSError as error:
         raise unreadable(unit.paths[0] if unit.paths else source.name, error) from error
 
@@ -123,15 +137,19 @@ def _located(
 
 
 def _accept_record(
-    source: SourceConfig, record: dict[str, Any], place: Place, tally: Tally
-) -> Sequence[Document]:
+    source: SourceConfig,
+    record: dict[str, Any],
+    place: Place,
+    tally: Tally,
+    seq_len: int | None,
+) -> Iterable[Document]:
     """Return the documents of a record, and count why it, or a part of it, cannot be used."""
     filtered = why_filtered(source, record)
     if filtered is not None:
         tally.filter(filtered)
         return ()
     if source.format == "harmony":
-        return _accept_conversations(source, record, place, tally)
+        return _accept_conversations(source, record, place, tally, seq_len)
     text, reason = _record_text(source, record)
     if reason is not None:
         tally.reject(reason, place)
@@ -141,20 +159,39 @@ def _accept_record(
 
 
 def _accept_conversations(
-    source: SourceConfig, record: dict[str, Any], place: Place, tally: Tally
-) -> Sequence[Document]:
+    source: SourceConfig,
+    record: dict[str, Any],
+    place: Place,
+    tally: Tally,
+    seq_len: int | None,
+) -> Iterator[Document]:
     reading = read_conversations(_without_own_fields(source, record), source)
     for reason in reading.rejects:
         tally.reject(reason, place)
     tally.notes.update(reading.notes)
-    documents = []
-    for conversation in reading.conversations:
+    record_hash = 0
+    if source.turns == "each" and reading.whole is not None:
+        record_hash = hash_of(reading.whole.as_seen())
+    for number, conversation in enumerate(reading.conversations()):
+        if source.turns == "each" and _outgrows(conversation, seq_len):
+            for _ in reading.turns[number:]:
+                tally.reject(f"{TOO_LONG} of {seq_len} tokens", place)
+            return
         tally.accepted += 1
         if source.loss == "all":
-            documents.append(Document.from_conversation(conversation, place))
+            yield Document.from_conversation(conversation, place)
         else:
-            documents.append(Document.from_turn(conversation, reading.content, place))
-    return documents
+            yield Document.from_turn(conversation, record_hash, place)
+
+
+def _outgrows(conversation: Conversation, seq_len: int | None) -> bool:
+    """Return whether neither this turn nor a later one of its record fits a row.
+
+    It costs as much as to tokenize the turn, so it is asked of those that look too long.
+    """
+    if seq_len is None or conversation.num_bytes <= _LONG_BYTES_PER_TOKEN * seq_len:
+        return False
+    return conversation.num_lasting_tokens() > seq_len
 
 
 def _without_own_fields(source: SourceConfig, record: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +254,9 @@ def _accept_bytes(
     return _accept_text(source, text, place, tally, {})
 
 
-def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+def _read_jsonl(
+    source: SourceConfig, unit: Unit, tally: Tally, seq_len: int | None
+) -> Iterator[Document]:
     (path,) = unit.paths
     layers = text_layers(path)
     stop = unit.stop if layers.is_plain else math.inf
@@ -230,7 +269,7 @@ def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Docu
             if reason is not None:
                 tally.reject(reason, place)
                 continue
-            for document in _accept_record(source, record, place, tally):
+            for document in _accept_record(source, record, place, tally, seq_len):
                 origin = place_of(unit.file_number, number)
                 yield _located(document, source, str(path), origin, record, tally)
 
@@ -289,12 +328,16 @@ def _seek_first_line(file: IO[bytes], unit: Unit) -> int:
     return position
 
 
-def _read_parquet(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+def _read_parquet(
+    source: SourceConfig, unit: Unit, tally: Tally, seq_len: int | None
+) -> Iterator[Document]:
     (path,) = unit.paths
     groups = range(unit.start, unit.stop)
     fields = (text_fields(source), value_fields(source))
     for rows_before, batch in parquet_batches(path, groups, *fields):
-        yield from _table_documents(source, batch, str(path), rows_before, tally, unit.file_number)
+        yield from _table_documents(
+            source, batch, str(path), rows_before, tally, seq_len, unit.file_number
+        )
 
 
 def _table_documents(
@@ -303,6 +346,7 @@ def _table_documents(
     name: str,
     rows_before: int,
     tally: Tally,
+    seq_len: int | None,
     file_number: int = 0,
 ) -> Iterator[Document]:
     """Yield the usable documents of a batch or table of rows."""
@@ -312,12 +356,14 @@ def _table_documents(
         if reason is not None:
             tally.reject(reason, place)
             continue
-        for document in _accept_record(source, record, place, tally):
+        for document in _accept_record(source, record, place, tally, seq_len):
             origin = place_of(file_number, number)
             yield _located(document, source, name, origin, record, tally)
 
 
-def _read_text_files(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+def _read_text_files(
+    source: SourceConfig, unit: Unit, tally: Tally, _: int | None
+) -> Iterator[Document]:
     for file_number, path in enumerate(unit.paths):
         place = Place(str(path))
         layers = text_layers(path)
@@ -351,16 +397,20 @@ def _unify_text_file(content: bytes, tally: Tally) -> bytes:
     return content
 
 
-def _read_dataset(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+def _read_dataset(
+    source: SourceConfig, unit: Unit, tally: Tally, seq_len: int | None
+) -> Iterator[Document]:
     name = str(unit.paths[0] if unit.paths else source.dataset)
     number = unit.start
     fields = (text_fields(source), value_fields(source))
     for table in read_dataset_rows(source, unit.start, unit.stop, *fields):
-        yield from _table_documents(source, table, name, number, tally)
+        yield from _table_documents(source, table, name, number, tally, seq_len)
         number += table.num_rows
 
 
-def _read_build(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+def _read_build(
+    source: SourceConfig, unit: Unit, tally: Tally, _: int | None
+) -> Iterator[Document]:
     if holds_conversations(source):
         yield from _read_build_conversations(source, unit, tally)
         return
@@ -385,14 +435,14 @@ def _read_build_conversations(source: SourceConfig, unit: Unit, tally: Tally) ->
         yield Document.from_stored_conversation(conversation, place).located(number)
 
 
-def _read_mock(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+def _read_mock(source: SourceConfig, unit: Unit, tally: Tally, _: int | None) -> Iterator[Document]:
     invented = invent_documents(source, unit.start, unit.stop)
     for number, tokens in enumerate(invented, unit.start + 1):
         tally.accepted += 1
         yield Document.from_invented_tokens(tokens).located(number)
 
 
-_READERS: dict[str, Callable[[SourceConfig, Unit, Tally], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[SourceConfig, Unit, Tally, int | None], Iterator[Document]]] = {
     "jsonl": _read_jsonl,
     "harmony": _read_jsonl,
     "parquet": _read_parquet,

@@ -36,7 +36,7 @@ from data_pipeline.store.packing import (
     load_array,
     segments_of,
 )
-from data_pipeline.store.provenance import Provenance
+from data_pipeline.store.provenance import Records, read_records
 from data_pipeline.store.shards import LossMask, Shards
 from data_pipeline.store.verification import check_files
 from data_pipeline.text.tokenizer import Tokens, decode_bytes
@@ -56,6 +56,8 @@ class _BuiltSource:
     shards: Shards
     train: Segments
     """What the build trains on: documents, or stretches of them, in their order."""
+    records: Records | None
+    """Hash of the whole record of each document; None if documents are whole records."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +72,8 @@ class StoredConversation:
     """UTF-8 bytes of its contents."""
     learned_bytes: int
     """UTF-8 bytes of the contents that bear loss."""
-    record: str
-    """What names the record that it comes from: several of its turns may be documents."""
+    record: int
+    """Hash of the whole record that it is a turn of; 0 if it is all of it."""
 
 
 def count_rows(source: SourceConfig) -> tuple[int, int]:
@@ -149,6 +151,11 @@ def holds_conversations(source: SourceConfig) -> bool:
     return any(built.shards.chat for built in _built_sources(source))
 
 
+def holds_turns(source: SourceConfig) -> bool:
+    """Return whether documents of an earlier build are turns of records that have several."""
+    return any(built.records is not None for built in _built_sources(source))
+
+
 def read_build_conversations(
     source: SourceConfig, start: int, stop: int
 ) -> Iterator[StoredConversation]:
@@ -163,29 +170,27 @@ def read_build_conversations(
     for built in sources:
         first = max(start - num_before, 0)
         last = min(max(stop - num_before, 0), len(built.train))
-        origins = Provenance(built.folder.parent, built.folder.name) if first < last else None
         for number in range(first, last):
-            assert origins is not None
-            yield _stored_conversation(built, number, has_loss, origins)
+            yield _stored_conversation(built, number, has_loss)
         num_before += len(built.train)
 
 
-def _stored_conversation(
-    built: _BuiltSource, number: int, has_loss: bool, origins: Provenance
-) -> StoredConversation:
+def _stored_conversation(built: _BuiltSource, number: int, has_loss: bool) -> StoredConversation:
     document = int(built.train.document[number])
     length = int(built.train.tokens[number])
     assert built.train.start[number] == 0, "a conversation is never cut"
     tokens, loss = built.shards.tokens_and_loss(document, 0, length)
     if has_loss and loss is None:
         loss = np.ones(len(tokens), np.bool_)
-    origin = origins.of(document)
+    record = 0
+    if built.records is not None:
+        record = int(built.records["high"][document]) << 64 | int(built.records["low"][document])
     return StoredConversation(
         tokens=tokens.astype(np.uint32),
         loss=loss,
         num_bytes=int(built.shards.document_bytes[document]),
         learned_bytes=int(built.shards.learned_bytes[document]),
-        record=f"{built.folder.name}\n{origin.file}\n{origin.record}",
+        record=record,
     )
 
 
@@ -250,7 +255,8 @@ def _open_build(directory: Path, names: tuple[str, ...]) -> list[_BuiltSource]:
         stages = []
         for folder in known[name].train_folders:
             stages.append(_training_segments(directory / name / folder, shards))
-        found.append(_BuiltSource(directory / name, shards, join_segments(stages)))
+        records = read_records(directory, name, shards.num_documents)
+        found.append(_BuiltSource(directory / name, shards, join_segments(stages), records))
     _check_one_kind(directory, found)
     return found
 

@@ -3,6 +3,7 @@
     _provenance/SOURCE/places.npy            number of the file and of the record, [documents]
     _provenance/SOURCE/files.json            names of the files, and what a record of each is
     _provenance/SOURCE/kept-00000.parquet    fields that the source keeps, one file for each part
+    _provenance/SOURCE/records.npy           hashes of whole records, if their turns are documents
 
 Decisions
     No source can be called `_provenance`: names begin with a letter or a digit.
@@ -31,6 +32,7 @@ from data_pipeline.store.packing import ARRAY_ERRORS, why_no_array
 
 FOLDER = "_provenance"
 PLACES_FILE = "places.npy"
+RECORDS_FILE = "records.npy"
 FILES_FILE = "files.json"
 RECORD_BITS = 40
 MAX_KEPT_CHARACTERS = 2000
@@ -38,6 +40,9 @@ MAX_KEPT_CHARACTERS = 2000
 _MAX_FILES_BYTES = 512 * 2**20
 
 Places = npt.NDArray[np.uint64]
+Records = npt.NDArray[np.void]
+"""128-bit hashes: fields `high` and `low`, 64 bits each."""
+_RECORD_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8")])
 InputName = tuple[str, str]
 """Name of a file, and what a record of it is: line, row, document or file."""
 
@@ -90,6 +95,36 @@ def write_places(folder: Path, count: int, places: Iterable[Places]) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         for of_part in places:
             file.write(of_part.astype("<u8").tobytes())
+
+
+def write_records(folder: Path, records: Sequence[Records]) -> None:
+    """Write the hash of the whole record of each document of a source, part by part."""
+    make_folder(folder)
+    with atomic_write(folder / RECORDS_FILE) as file:
+        np.save(file, np.concatenate(records).astype(_RECORD_DTYPE))
+
+
+def read_records(build: Path, source: str, count: int) -> Records | None:
+    """Return the hash of the whole record of each document, or None if documents are whole records.
+
+    Args:
+        build: The build.
+        source: Name of one of its sources.
+        count: Number of its documents.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = build / FOLDER / source / RECORDS_FILE
+    if not path.exists():
+        return None
+    try:
+        records: Records = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ARRAY_ERRORS as error:
+        raise DataError(f"{path}: damaged ({why_no_array(error)}). Build it again.") from error
+    if records.dtype != _RECORD_DTYPE or records.shape != (count,):
+        raise DataError(f"{path}: does not hold a hash for each document. Build it again.")
+    return records
 
 
 def write_files(folder: Path, files: Sequence[InputName], kept_rows: Sequence[int]) -> None:

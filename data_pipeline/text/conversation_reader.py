@@ -6,7 +6,8 @@
 
 Decisions
     With `turns: each` every turn is a conversation of its own: cut after it, and with the history
-    as inference would show it there. So every turn is learned once, with its analysis.
+    as inference would show it there. So every turn is learned once, with its analysis. Together
+    they are as long as the square of the record, so they are made one at a time.
     A turn of which no message bears loss is no document. That is a reject only if the record has no
     other turn: who marks single messages has meant it.
     With `loss: assistant` a turn must end where the model would stop. Messages of the assistant
@@ -16,7 +17,7 @@ Decisions
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from data_pipeline.text.harmony_records import TOO_DEEP, whole_conversation
 from data_pipeline.text.record_keys import UnusableRecordError
 from data_pipeline.text.record_shapes import as_messages
 
+LOSS_RULES_VERSION = 2
+"""Raised when a source with `loss: assistant` gives other documents, or others count as copies."""
 NO_ANALYSIS = "last turn without analysis"
 NO_LOSS = "no message of the assistant bears loss"
 UNLEARNED_TURN = "turn of which no message bears loss"
@@ -36,14 +39,20 @@ UNLEARNED_TURN = "turn of which no message bears loss"
 class ReadRecord:
     """What one record gives."""
 
-    conversations: tuple[Conversation, ...] = ()
-    """Conversations to train on, as inference shows them."""
+    whole: Conversation | None = None
+    """The conversation with the analysis of all turns; None if it cannot be rendered."""
+    turns: tuple[range, ...] = ()
+    """Turns to train on: the numbers of the messages of each."""
     rejects: tuple[str, ...] = ()
     """Why the record, or a turn of it, gives none."""
     notes: tuple[str, ...] = ()
     """What else is to be counted."""
-    content: str = ""
-    """All that tells the whole record from others, its other turns included."""
+
+    def conversations(self) -> Iterator[Conversation]:
+        """Yield the conversations to train on, one for each turn, as inference shows them."""
+        for turn in self.turns:
+            assert self.whole is not None, "its turns are those"
+            yield self.whole.up_to(turn)
 
 
 def read_conversations(record: dict[str, Any], source: SourceConfig) -> ReadRecord:
@@ -62,28 +71,29 @@ def read_conversations(record: dict[str, Any], source: SourceConfig) -> ReadReco
         return ReadRecord(rejects=(str(error),))
     except RecursionError:
         return ReadRecord(rejects=(TOO_DEEP,))
-    candidates = [whole.as_seen()]
-    if source.turns == "each":
-        candidates = list(whole.turns())
+    candidates = whole.turns()
+    if source.turns == "last":
+        candidates = candidates[-1:]
     learned = []
-    for conversation in candidates:
-        if source.loss == "all" or conversation.learned_messages():
-            learned.append(conversation)
+    for turn in candidates:
+        messages = whole.messages[turn.start : turn.stop]
+        if source.loss == "all" or any(message.is_learnable for message in messages):
+            learned.append(turn)
     if not learned:
         return ReadRecord(rejects=(NO_LOSS,))
     kept = []
     rejects = []
-    for conversation in learned:
-        reason = _why_not_learned(conversation, source)
+    for turn in learned:
+        reason = _why_not_learned(whole.messages[turn.start : turn.stop], source)
         if reason is None:
-            kept.append(conversation)
+            kept.append(turn)
         else:
             rejects.append(reason)
     return ReadRecord(
-        conversations=tuple(kept),
+        whole=whole,
+        turns=tuple(kept),
         rejects=tuple(rejects),
         notes=(UNLEARNED_TURN,) * (len(candidates) - len(learned)),
-        content=whole.content,
     )
 
 
@@ -93,8 +103,7 @@ def _require_loss(messages: Sequence[Message]) -> None:
             raise UnusableRecordError("'loss: false' on a message, but loss of the source is all")
 
 
-def _why_not_learned(conversation: Conversation, source: SourceConfig) -> str | None:
-    turn = conversation.last_turn()
+def _why_not_learned(turn: Sequence[Message], source: SourceConfig) -> str | None:
     if source.require_analysis and "analysis" not in [message.channel for message in turn]:
         return NO_ANALYSIS
     if source.loss == "all":

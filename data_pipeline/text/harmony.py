@@ -58,6 +58,12 @@ Piece = tuple[list[int] | Tokens, bool]
 """Tokens that follow each other, and whether they are learned."""
 
 
+_ASSISTANT = 173_781
+"""Token of the assistant's name in a header."""
+_FINAL = 17_196
+"""Token of the channel of answers in a header."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
     """One message of a conversation, after the system message."""
@@ -76,13 +82,12 @@ class Message:
     def __repr__(self) -> str:
         """Return what tells the message from others; the hash of a conversation is made of it.
 
-        Fields that say nothing are left out, as if there were none of that name.
+        Fields that say nothing are left out, as if there were none of that name. What bears loss is
+        left out, too: it changes nothing about the text, of which there may be a copy.
         """
         shown = f"role={self.role!r}, channel={self.channel!r}, text={self.text!r}"
         if self.function:
             shown += f", function={self.function!r}"
-        if not self.bears_loss:
-            shown += ", bears_loss=False"
         return f"Message({shown})"
 
     @property
@@ -94,6 +99,11 @@ class Message:
     def is_call(self) -> bool:
         """Whether the assistant calls a function with it."""
         return self.role == "assistant" and bool(self.function)
+
+    @property
+    def is_learnable(self) -> bool:
+        """Whether it is learned where it stands in the last turn."""
+        return self.role == "assistant" and self.bears_loss
 
     def header(self) -> Tokens:
         """Return the ids from <|start|> to <|message|>."""
@@ -178,7 +188,7 @@ class Conversation:
         in_run = False
         for number, (message, in_last_turn) in enumerate(self._by_turn()):
             is_own = message.role == "assistant" and in_last_turn
-            is_learned = is_own and message.bears_loss
+            is_learned = in_last_turn and message.is_learnable
             header = message.header()
             if is_own and not in_run:
                 yield header[:2], False  # <|start|>assistant, which the prompt brings
@@ -204,15 +214,11 @@ class Conversation:
         for number, message in enumerate(self.messages):
             yield message, number >= begin
 
-    def last_turn(self) -> tuple[Message, ...]:
-        """Return the messages after the last answer but the one that ends the conversation."""
-        return tuple(message for message, in_last_turn in self._by_turn() if in_last_turn)
-
     def learned_messages(self) -> list[Message]:
         """Return the messages whose contents `learned` marks."""
         found = []
-        for message in self.last_turn():
-            if message.role == "assistant" and message.bears_loss:
+        for message, in_last_turn in self._by_turn():
+            if in_last_turn and message.is_learnable:
                 found.append(message)
         return found
 
@@ -224,11 +230,33 @@ class Conversation:
                 kept.append(message)
         return dataclasses.replace(self, messages=tuple(kept))
 
-    def turns(self) -> Iterator[Conversation]:
-        """Yield the conversation cut after each of its turns, as inference shows it."""
+    def turns(self) -> list[range]:
+        """Return which messages each turn has, by their numbers.
+
+        A turn ends with an answer. The last one may end with a call.
+        """
+        found = []
+        begin = 0
         for stop, message in enumerate(self.messages, 1):
             if message.is_answer or stop == len(self.messages):
-                yield dataclasses.replace(self, messages=self.messages[:stop]).as_seen()
+                found.append(range(begin, stop))
+                begin = stop
+        return found
+
+    def up_to(self, turn: range) -> Conversation:
+        """Return the conversation cut after one of its turns, as inference shows it."""
+        return dataclasses.replace(self, messages=self.messages[: turn.stop]).as_seen()
+
+    def num_lasting_tokens(self) -> int:
+        """Return how many tokens, at least, the conversation has if it is cut after a later turn.
+
+        The analysis is dropped there. Instructions are left out: tools stand in their message.
+        """
+        sizes = []
+        for message in self.messages:
+            if message.channel != "analysis" and message.role != "developer":
+                sizes.append(len(encode(message.text)))
+        return sum(sizes)
 
 
 def _end(message: Message, is_last: bool) -> int:
@@ -245,15 +273,21 @@ def body(tokens: Tokens) -> Tokens:
     return tokens[end_of_system_message + 1 :]
 
 
-def learned_turn(tokens: Tokens, learned: Learned) -> Tokens:
-    """Return a conversation's tokens from the message before the first learned one on.
+def last_turn(tokens: Tokens) -> Tokens:
+    """Return a conversation's tokens from the question of its last turn on.
 
-    That is a question and all that is learned as the answer to it, without instructions, tools and
-    history, which it may share with any number of conversations.
+    That is the message before the first one of the assistant in that turn, and all that follows:
+    without instructions, tools and history, which it may share with any number of conversations.
+    Which of the messages bear loss changes nothing.
     """
-    first = int(np.argmax(learned))
-    starts = np.flatnonzero(tokens[: max(first - 2, 1)] == START)  # not <|start|>assistant itself
-    return tokens[int(starts[-1]) :]
+    starts = np.flatnonzero(tokens == START)
+    is_own = tokens[starts + 1] == _ASSISTANT
+    before = starts[:-1]  # the last message ends the turn; all others have four tokens or more
+    is_final = (tokens[before + 2] == CHANNEL) & (tokens[before + 3] == _FINAL)
+    answers = np.flatnonzero(is_own[:-1] & is_final)
+    begin = int(answers[-1]) + 1 if len(answers) else 0
+    first_reply = begin + int(np.argmax(is_own[begin:]))
+    return tokens[int(starts[max(first_reply - 1, 0)]) :]
 
 
 def encode_prompt(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +45,7 @@ def make_two_builds(mix: MixConfig, tmp_path: Path) -> TwoBuilds:
     build(mix, tmp_path / "plain", progress=False)
     with pytest.MonkeyPatch.context() as monkeypatch:
         mask_texts(monkeypatch)
+        mask_conversations(monkeypatch)
         build(mix, tmp_path / "masked", progress=False)
     return BuiltData.open(tmp_path / "plain"), BuiltData.open(tmp_path / "masked")
 
@@ -173,6 +176,34 @@ def test_masks_do_not_change_what_is_a_copy_or_held_out(make_mix: MakeMix, tmp_p
     assert sum(entry.near_duplicates for entry in masked.manifest.sources) > 0
     assert sum(entry.duplicates for entry in masked.manifest.sources) > 0
     assert sum(entry.contaminated for entry in masked.manifest.sources) > 0
+
+
+def test_masks_do_not_change_which_conversations_are_copies_or_held_out(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    rng = random.Random(4)
+    answers = []
+    for _ in range(80):
+        answers.append(" ".join(f"w{rng.randrange(10**5)}" for _ in range(60)))
+    chat = tmp_path / "chat.jsonl"
+    with chat.open("w", encoding="utf-8") as file:
+        for answer in (*answers, *answers[:7], *[f"{text} indeed" for text in answers[7:16]]):
+            question = {"role": "user", "content": "Tell me more."}
+            messages = [question, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    mix = make_mix(
+        {"chat": []},
+        sources={"chat": {"format": "harmony", "path": str(chat), "held_out_share": 0.2}},
+        seq_len=1024,
+        near_duplicates=0.8,
+    )
+    plain, masked = make_two_builds(mix, tmp_path)
+    mine = masked.manifest.sources[0]
+    theirs = plain.manifest.sources[0]
+    ignored = {"predicted_tokens": 0, "held_out_tokens": 0, "slots": 0}
+    assert dataclasses.replace(mine, **ignored) == dataclasses.replace(theirs, **ignored)
+    assert mine.predicted_tokens < theirs.predicted_tokens
+    assert mine.duplicates > 0 and mine.near_duplicates > 0 and mine.held_out_documents > 0
 
 
 def test_stages_count_learned_tokens_and_slots(make_mix: MakeMix, tmp_path: Path) -> None:

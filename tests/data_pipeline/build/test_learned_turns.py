@@ -18,7 +18,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.manifest import SourceEntry
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.conversation_reader import NO_ANALYSIS, NO_LOSS, read_conversations
-from data_pipeline.text.harmony import learned_turn
+from data_pipeline.text.harmony import last_turn
 from data_pipeline.text.harmony_records import whole_conversation
 from data_pipeline.text.tokenizer import decode
 from tests.data_pipeline.inputs import WORDS, MakeMix
@@ -126,7 +126,7 @@ def test_what_cannot_be_learned_is_rejected_with_its_reason(
     messages: list[dict[str, Any]], keys: dict[str, Any], reason: str
 ) -> None:
     reading = read_conversations({"messages": messages}, source(**keys))
-    assert not reading.conversations
+    assert not reading.turns
     (found,) = reading.rejects
     assert reason in found
 
@@ -136,10 +136,10 @@ def test_a_turn_is_rejected_alone() -> None:
     reading = read_conversations(
         {"messages": messages}, source(turns="each", require_analysis=True)
     )
-    assert len(reading.conversations) == 1 and reading.rejects == (NO_ANALYSIS,)
+    assert len(reading.turns) == 1 and reading.rejects == (NO_ANALYSIS,)
     marked = [QUESTION, {**ANSWER, "loss": False}, QUESTION, ANSWER]
     reading = read_conversations({"messages": marked}, source(turns="each"))
-    assert len(reading.conversations) == 1 and not reading.rejects and len(reading.notes) == 1
+    assert len(reading.turns) == 1 and not reading.rejects and len(reading.notes) == 1
 
 
 def test_a_turn_that_fits_no_row_is_left_out_whole_and_counted(
@@ -188,9 +188,8 @@ def test_all_turns_of_a_conversation_are_held_out_or_none(
     assert (entry.near_duplicates, entry.contaminated) == (0, 0)
     assert entry.documents + entry.held_out_documents == 72
     assert entry.held_out_documents % 3 == 0 and 0 < entry.held_out_documents < 72
-    tokens, loss = shards.tokens_and_loss(1, 0, int(shards.document_tokens[1]))
-    assert loss is not None
-    assert decode(learned_turn(tokens, loss)).startswith("<|start|>user<|message|>")
+    tokens = shards.tokens(1, 0, int(shards.document_tokens[1]))
+    assert decode(last_turn(tokens)).startswith("<|start|>user<|message|>")
 
 
 def test_keys_of_conversations_change_the_fingerprint_only_where_they_are_used(

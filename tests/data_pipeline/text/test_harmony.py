@@ -105,7 +105,8 @@ def test_the_end_of_an_earlier_answer_is_never_learned() -> None:
 def test_each_turn_is_the_conversation_cut_after_it() -> None:
     for seed in SEEDS:
         record = record_of(seed, False)
-        turns = list(whole_conversation(record).turns())
+        whole = whole_conversation(record)
+        turns = [whole.up_to(turn) for turn in whole.turns()]
         stops = []
         for number, message in enumerate(record["messages"], 1):
             if message["role"] == "assistant" and not message.get("tool_calls"):

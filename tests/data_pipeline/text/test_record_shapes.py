@@ -52,7 +52,7 @@ def read(record: dict[str, Any], shape: Shape = "auto", **keys: Any) -> ReadReco
 
 def tokens_of(reading: ReadRecord) -> list[int]:
     assert not reading.rejects
-    (conversation,) = reading.conversations
+    (conversation,) = reading.conversations()
     return conversation.tokens().tolist()
 
 
@@ -135,7 +135,8 @@ def test_what_only_openai_has_is_read_under_its_name_alone() -> None:
     }
     found = read(record, "openai", loss="assistant")
     assert tokens_of(found) == expected(WITH_CALL, tools=[TOOL])
-    bear_loss = [message.bears_loss for message in found.conversations[0].messages]
+    (conversation,) = found.conversations()
+    bear_loss = [message.bears_loss for message in conversation.messages]
     assert bear_loss == [True, False, False, True, True]
     assert read(record).rejects  # auto guesses nothing
 
@@ -178,7 +179,7 @@ def test_a_record_that_is_not_of_the_shape_is_rejected_with_its_reason(
     record: dict[str, Any], shape: Shape, reason: str
 ) -> None:
     found = read(record, shape)
-    assert not found.conversations
+    assert not found.turns
     assert reason in found.rejects[0]
 
 
@@ -216,8 +217,8 @@ def test_a_record_with_any_value_in_any_place_gives_a_conversation_or_a_reason(
     holder, key = places[data.draw(st.integers(0, len(places) - 1))]
     holder[key] = value
     found = read(record, shape, loss="assistant", turns="each" if each else "last")
-    assert bool(found.conversations) or bool(found.rejects)
-    for conversation in found.conversations:
+    assert bool(found.turns) or bool(found.rejects)
+    for conversation in found.conversations():
         assert conversation.learned().any()
 
 
