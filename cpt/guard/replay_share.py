@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cpt.guard.epoch_ceiling import largest_share
 from cpt.guard.ladder import GuardState
 from cpt.guard.lever_limits import LeverLimits, SourceLimits
 from cpt.guard.plan_shift import on_plan
@@ -40,10 +41,12 @@ ROUNDING = 1e-9
 class LaterStage:
     """A stage of sequence length that is still to come, with rows of its own."""
 
-    slots: int
-    """Tokens that fit into the rows that the run takes in it."""
+    rows: int
+    """Rows that the run takes in it."""
+    source_rows: Mapping[str, int]
+    """Rows that it has, by source."""
     source_tokens: Mapping[str, int]
-    """Predicted tokens of its rows, by source."""
+    """Predicted tokens of those rows, by source."""
     mean_shares: Mapping[str, float]
     """Mean share of every source in it, with what the guard has done so far."""
 
@@ -221,8 +224,9 @@ class ReplayShares:
         """
         weights = self.weights(state)
         drawn = mixture.position(batch, batch_size).drawn_rows
-        tokens_left = batches_left * batch_size * self._data.seq_len
-        ceilings = self._ceilings_by_epochs(drawn, tokens_left)
+        ceilings = self._ceilings_by_epochs(
+            drawn, batches_left * batch_size, mean_shares or weights
+        )
         for name, mean in (mean_shares or {}).items():
             # what the plan takes later is not left for now
             ceilings[name] = max(0.0, ceilings[name] + weights[name] - mean)
@@ -297,31 +301,59 @@ class ReplayShares:
             return 0.0
         return min(1.0, self._languages[language].min_share / total)
 
-    def _ceilings_by_epochs(self, drawn: Sequence[int], tokens_left: int) -> dict[str, float]:
-        """Return the largest share of each source that its epochs allow until the run ends."""
+    def _ceilings_by_epochs(
+        self, drawn: Sequence[int], rows: int, shares: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Return the largest share of each source that its epochs allow until the run ends.
+
+        Args:
+            drawn: Rows drawn so far from each source of the build.
+            rows: Rows that are still to be drawn.
+            shares: Mean share of every source in them.
+        """
+        num_rows = {}
+        row_tokens = {}
+        for index, name in enumerate(self._data.source_names):
+            tokens = self._data.row_tokens(index)
+            num_rows[name] = len(tokens)
+            if num_rows[name]:
+                row_tokens[name] = float(np.mean(tokens))
+        drawn_of = dict(zip(self._data.source_names, drawn, strict=True))
+        return self._ceilings(rows, num_rows, drawn_of, shares, row_tokens)
+
+    def _ceilings(
+        self,
+        rows: int,
+        num_rows: Mapping[str, int],
+        drawn: Mapping[str, int],
+        shares: Mapping[str, float],
+        row_tokens: Mapping[str, float],
+    ) -> dict[str, float]:
+        """Return the largest share of each source in some rows of the run."""
         ceilings = dict.fromkeys(self._configured, math.inf)
         for name, max_epochs in self._max_epochs.items():
-            if max_epochs is None or not tokens_left:
+            if max_epochs is None or not rows or not num_rows[name]:
                 continue
-            index = self._data.source_names.index(name)
-            row_tokens = self._data.row_tokens(index)
-            if not len(row_tokens):
-                continue
-            rows_left = max_epochs * len(row_tokens) - drawn[index]
-            source_tokens_left = EPOCH_MARGIN * rows_left * float(np.mean(row_tokens))
-            ceilings[name] = source_tokens_left / tokens_left
+            rows_left = EPOCH_MARGIN * (max_epochs * num_rows[name] - drawn[name])
+            side = self._givers if name in self._givers else shares.keys() - self._givers
+            ceilings[name] = largest_share(name, rows, rows_left, shares, row_tokens, side)
         return ceilings
 
     def _left_by(self, later: LaterStage) -> dict[str, float]:
         """Return by how much the share of each source may grow before a later stage lacks rows."""
+        row_tokens = {}
+        for name, num_rows in later.source_rows.items():
+            if num_rows:
+                row_tokens[name] = later.source_tokens[name] / num_rows
+        drawn = dict.fromkeys(later.source_rows, 0)
+        ceilings = self._ceilings(
+            later.rows, later.source_rows, drawn, later.mean_shares, row_tokens
+        )
         left = {}
-        for name, max_epochs in self._max_epochs.items():
-            tokens = later.source_tokens[name]
-            if not tokens:
-                left[name] = -later.mean_shares[name]
-            elif max_epochs is not None:
-                ceiling = EPOCH_MARGIN * max_epochs * tokens / later.slots
-                left[name] = ceiling - later.mean_shares[name]
+        for name, ceiling in ceilings.items():
+            if not later.source_rows[name]:
+                ceiling = 0.0
+            left[name] = ceiling - later.mean_shares[name]
         return left
 
     def _language_limits(self, names: Iterable[str], weights: Mapping[str, float]) -> list[float]:

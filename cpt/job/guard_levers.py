@@ -75,12 +75,15 @@ def later_stages(job: Job) -> list[LaterStage]:
         if first == stop:
             continue
         span = stages.spans[number]
+        source_rows = {}
         source_tokens = {}
         for entry in job.data.manifest.sources:
+            source_rows[entry.name] = entry.stages[number].rows
             source_tokens[entry.name] = entry.stages[number].predicted_tokens
         found.append(
             LaterStage(
-                slots=(stop - first) * span.global_batch_size * span.seq_len,
+                rows=(stop - first) * span.global_batch_size,
+                source_rows=source_rows,
                 source_tokens=source_tokens,
                 mean_shares=job.ledger.mean_weights(first, stop),
             )

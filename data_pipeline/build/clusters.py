@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from data_pipeline.build.record_fields import find_field
 from data_pipeline.store.packing import Integers
+from data_pipeline.text.record_keys import find_field
 
 NO_CLUSTER = 0
 """Cluster of a document that belongs to no other."""

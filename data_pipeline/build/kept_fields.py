@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
-from data_pipeline.build.record_fields import ABSENT, find_field
 from data_pipeline.config.record_filters import plain_value
 from data_pipeline.store.provenance import MAX_KEPT_CHARACTERS
+from data_pipeline.text.record_keys import ABSENT, find_field
 
 if TYPE_CHECKING:
     import pyarrow as pa

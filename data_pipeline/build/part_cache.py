@@ -143,7 +143,7 @@ def _identities(part: Part) -> Iterator[Identity]:
     """
     identity = _identity(part)
     yield {**identity, "seq_len": None}
-    if part.unit.format == "harmony":
+    if part.unit.format in ("harmony", "build"):
         yield {**identity, "seq_len": part.seq_len}
 
 

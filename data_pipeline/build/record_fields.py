@@ -1,8 +1,7 @@
 """Fields of a record: which ones a source reads, and the value of each, also inside other fields.
 
 Decisions
-    `a.b` is the field b of the field a. A field whose own name is `a.b` comes before it, so that a
-    name with dots needs no other way to write it.
+    Names lead into other fields as `text.record_keys.find_field` has it.
     A condition on a field that is absent, or holds another kind of value, is not met. Null counts
     as absent, and so does an empty text where a condition asks whether the field is there.
     Numbers are compared as numbers, and other values as texts: 3, 3.0 and "3" are the same.
@@ -16,9 +15,7 @@ from typing import Any
 
 from data_pipeline.config.record_filters import FilterRule, plain_value
 from data_pipeline.config.source_config import CLUSTER_PLACES, SourceConfig, template_fields
-
-ABSENT = object()
-"""Value of a field that a record does not have."""
+from data_pipeline.text.record_keys import ABSENT, find_field
 
 
 def text_fields(source: SourceConfig) -> tuple[str, ...]:
@@ -35,21 +32,6 @@ def value_fields(source: SourceConfig) -> tuple[str, ...]:
         names.append(source.cluster_by)
     read = text_fields(source)
     return tuple(name for name in dict.fromkeys(names) if name not in read)
-
-
-def find_field(record: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a field, or ABSENT; `name` may lead into other fields."""
-    if name in record:
-        return record[name]
-    dot = name.find(".")
-    while dot >= 0:
-        inner = record.get(name[:dot])
-        if isinstance(inner, Mapping):
-            value = find_field(inner, name[dot + 1 :])
-            if value is not ABSENT:
-                return value
-        dot = name.find(".", dot + 1)
-    return ABSENT
 
 
 def why_filtered(source: SourceConfig, record: Mapping[str, Any]) -> str | None:

@@ -22,14 +22,16 @@ from data_pipeline.errors import DataError
 from data_pipeline.store.packing import Integers
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.cleaning import Tally
-from data_pipeline.text.conversation_reader import NO_ANALYSIS
-from data_pipeline.text.harmony_records import NO_MESSAGES, NO_RESULT, OLD_CALLS
+from data_pipeline.text.conversation_reader import NO_ANALYSIS, NO_TOOLS
+from data_pipeline.text.harmony_records import NO_MESSAGES, NO_RESULT, OLD_CALLS, PARTS
 from data_pipeline.text.record_keys import UNKNOWN_KEY
 
 _CURES = {
     UNKNOWN_KEY: "List keys that may be dropped in ignored_keys of the source.",
     TOO_LONG: "Longer conversations need a larger seq_len.",
     NO_MESSAGES: "Records in the shape of another tool need the shape of the source to name it.",
+    NO_TOOLS: "Give the record the definitions of its functions, or learn it with loss: all.",
+    PARTS: "Set shape: openai.",
     OLD_CALLS: "shape: openai reads function_call.",
     NO_ANALYSIS: (
         "Answers without analysis are learned without require_analysis; give them "

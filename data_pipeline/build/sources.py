@@ -29,13 +29,7 @@ from data_pipeline.build.json_records import parse_record
 from data_pipeline.build.kept_fields import kept_values
 from data_pipeline.build.mock_documents import invent_documents
 from data_pipeline.build.parquet_files import parquet_batches
-from data_pipeline.build.record_fields import (
-    ABSENT,
-    find_field,
-    text_fields,
-    value_fields,
-    why_filtered,
-)
+from data_pipeline.build.record_fields import text_fields, value_fields, why_filtered
 from data_pipeline.build.stored_rows import (
     holds_conversations,
     read_build_conversations,
@@ -58,6 +52,7 @@ from data_pipeline.text.cleaning import (
 )
 from data_pipeline.text.conversation_reader import read_conversations
 from data_pipeline.text.harmony import Conversation
+from data_pipeline.text.record_keys import ABSENT, find_field
 from data_pipeline.text.record_shapes import keys_read
 
 if TYPE_CHECKING:

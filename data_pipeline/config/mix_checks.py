@@ -54,7 +54,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
         return
     _check_unique(reader, sources, ("sources",))
     _check_weights(reader, sources)
-    _check_loss_weights(reader, sources)
+    _check_loss_weights(reader, raw, sources)
     if need_files:
         for index, source in sources.items():
             _check_place(reader, source, ("sources", index, "path"), base)
@@ -178,14 +178,26 @@ def _check_weights(reader: Reader, sources: dict[int, RawSection]) -> None:
         )
 
 
-def _check_loss_weights(reader: Reader, sources: dict[int, RawSection]) -> None:
-    """Check that some source is learned from."""
-    values = [source.get("loss_weight", 1.0) for source in sources.values()]
-    if all(_is_number(value) and value == 0 for value in values):
-        reader.problem(
-            ("sources",),
-            "have a loss_weight of 0 each: nothing would be learned. Remove it from one at least.",
-        )
+def _check_loss_weights(reader: Reader, raw: RawSection, sources: dict[int, RawSection]) -> None:
+    """Check that some source is learned from, in the whole mix or in each phase of a schedule."""
+    by_name = _by_name(sources)
+    planned = {name: source.get("weight") for name, source in by_name.items()}
+    places: list[tuple[KeyPath, list[Any]]] = []
+    for index, phase in _sections(raw.get("schedule")).items():
+        ends = [phase.get("weights") or planned, phase.get("to") or {}]
+        places.append((("schedule", index), ends))
+    for place, ends in places or [(("sources",), [planned])]:
+        learned = []
+        for name, source in by_name.items():
+            weights = [end.get(name) for end in ends if isinstance(end, dict)]
+            if any(_is_number(weight) and weight > 0 for weight in weights):
+                learned.append(source.get("loss_weight", 1.0) != 0)
+        if learned and not any(learned):
+            reader.problem(
+                place,
+                "trains on sources of loss_weight 0 alone: nothing would be learned. Remove it "
+                "from one of them.",
+            )
 
 
 def _check_hooks(

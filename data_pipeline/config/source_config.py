@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 import string
 from collections.abc import Iterator, Mapping
@@ -63,9 +62,20 @@ THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
 """Names of an assistant's analysis: the chat template's, and those of inference servers."""
 TOOL_CALL_KEYS = ("tool_calls", "function_call")
 """Keys of a message that say that it calls a tool."""
-DECIDING_MESSAGE_KEYS = ("role", "channel", "content", *THINKING_KEYS, *TOOL_CALL_KEYS)
-MESSAGE_KEYS = (*DECIDING_MESSAGE_KEYS, "recipient", "name", "tool_call_id", "loss")
+DECIDING_MESSAGE_KEYS = ("role", "channel", "content", "loss", *THINKING_KEYS, *TOOL_CALL_KEYS)
+MESSAGE_KEYS = (*DECIDING_MESSAGE_KEYS, "recipient", "name", "tool_call_id")
 """Keys of a message that are read. Those that do not decide may be listed in `ignored_keys`."""
+DECIDING_SHAPE_KEYS = (
+    "conversations",
+    "from",
+    "value",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "history",
+)
+"""Keys that decide what a record says in the shape of ShareGPT or Alpaca, and in no other."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -92,7 +102,9 @@ def check_language(language: str) -> Iterator[Problem]:
         yield "language", f"is '{language}', which is not known.{nearest(language, LANGUAGES)}"
 
 
-def check_ignored_keys(keys: tuple[str, ...], file_format: str) -> Iterator[Problem]:
+def check_ignored_keys(
+    keys: tuple[str, ...], file_format: str, shape: Shape = "auto"
+) -> Iterator[Problem]:
     """Yield a problem if there are ignored keys that nothing reads, or that mean something."""
     if keys and file_format != "harmony":
         yield (
@@ -104,6 +116,13 @@ def check_ignored_keys(keys: tuple[str, ...], file_format: str) -> Iterator[Prob
             yield (
                 "ignored_keys",
                 f"lists '{key}', which decides what a conversation says. Remove it from the list.",
+            )
+        elif key in DECIDING_SHAPE_KEYS and shape not in ("harmony", "openai"):
+            yield (
+                "ignored_keys",
+                f"lists '{key}', which decides what a conversation of ShareGPT or Alpaca says. "
+                "Remove it from the list, or set shape: harmony or openai if all records have "
+                "'messages'.",
             )
 
 
@@ -193,8 +212,9 @@ class SourceConfig:
     weight: float
     """Share of the predicted tokens, 0 to 1; all weights sum to 1."""
     loss_weight: float = 1.0
-    """How much the loss of each of its predicted tokens counts, at least 0: the loss that is
-    trained is the mean over the tokens of a batch, weighted by it. What is logged is not."""
+    """How much the loss of each of its predicted tokens counts, 0 or from 1e-6 to 1e6: the loss
+    that is trained is the mean over the tokens of a batch, weighted by it. What is logged is not
+    weighted."""
     held_out_share: float = 0.0
     """Share of the documents that are held out for measurement and never trained on, 0 to 1."""
     max_epochs: float | None = None
@@ -220,10 +240,10 @@ class SourceConfig:
                 "held_out_share",
                 "is 1, which leaves nothing to train on. Set weight: 0, or hold out less.",
             )
-        if not (math.isfinite(self.loss_weight) and self.loss_weight >= 0):
+        if self.loss_weight != 0 and not 1e-6 <= self.loss_weight <= 1e6:
             yield (
                 "loss_weight",
-                f"is {self.loss_weight:g}, must be a number of at least 0. Remove it to count each "
+                f"is {self.loss_weight:g}, must be 0 or from 1e-6 to 1e6. Remove it to count each "
                 "token once.",
             )
         if self.max_epochs is not None and self.max_epochs <= 0:
@@ -236,7 +256,7 @@ class SourceConfig:
         yield from self._check_filters()
         yield from self._check_fill_in_the_middle()
         yield from self._check_clusters()
-        yield from check_ignored_keys(self.ignored_keys, self.format)
+        yield from check_ignored_keys(self.ignored_keys, self.format, self.shape)
         yield from self._check_conversations()
         yield from self._check_hub()
         yield from self._check_folder()

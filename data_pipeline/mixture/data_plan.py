@@ -46,6 +46,8 @@ class PlannedSource:
     """Predicted tokens in one epoch."""
     slots: int
     """Slots in one epoch that hold a token of a document; more than `tokens` with loss masks."""
+    loss_weight: float
+    """How much the loss of each of its predicted tokens counts."""
     rows: int
     """Rows in one epoch."""
     bytes_per_token: float
@@ -190,6 +192,11 @@ class DataPlan:
                     f"{source.name}: {source.tokens / source.slots:.1%} of its tokens bear loss; "
                     "weights and shares are of these"
                 )
+            if source.loss_weight != 1:
+                lines.append(
+                    f"{source.name}: each of its tokens counts {source.loss_weight:g} times in the "
+                    "loss"
+                )
         for limit in self.limits:
             verdict = "met" if limit.met else "NOT MET"
             lines.append(
@@ -296,11 +303,12 @@ def make_data_plan(
     positions = [mixture.position(step, global_batch_size) for step in curve_steps]
     drawn_rows = np.array([position.drawn_rows for position in positions])  # [points, sources]
     sources = _plan_sources(built, mix, mixture, curve_steps, drawn_rows)
-    limits = _check_limits(mix, ledger, sources, built.seq_len)
+    longest_row = _longest_row(built, sources)
+    limits = _check_limits(mix, ledger, sources, longest_row)
     phases: tuple[PlannedPhase, ...] = ()
     if ledger.has_phases:
         phases = _plan_phases(built, mixture, ledger, curve_steps, drawn_rows)
-        limits += _check_phase_limits(mix, ledger, sources, phases, built.seq_len)
+        limits += _check_phase_limits(mix, ledger, sources, phases, longest_row)
     problems = []
     warnings = []
     for source in sources:
@@ -405,6 +413,7 @@ def _plan_sources(
                 documents=entry.documents,
                 tokens=entry.predicted_tokens,
                 slots=entry.used_slots,
+                loss_weight=config.loss_weight,
                 rows=num_rows,
                 bytes_per_token=entry.bytes / max(entry.tokens, 1),
                 drawn_tokens=drawn_tokens[number],
@@ -429,8 +438,17 @@ def _count_drawn_tokens(
     return whole_epochs + mixture.epoch_tokens(source, epochs, rest)
 
 
+def _longest_row(built: BuiltData, sources: Sequence[PlannedSource]) -> int:
+    """Return the most predicted tokens in a row that the run may draw; few, if few are learned."""
+    longest = 0
+    for number, source in enumerate(sources):
+        if source.drawn_tokens:
+            longest = max(longest, int(built.row_tokens(number).max()))
+    return longest
+
+
 def _check_limits(
-    mix: MixConfig, ledger: Ledger, sources: Sequence[PlannedSource], seq_len: int
+    mix: MixConfig, ledger: Ledger, sources: Sequence[PlannedSource], longest_row: int
 ) -> tuple[PlannedLimit, ...]:
     """Return the bounds of each language, and whether the run keeps them up to whole rows."""
     shares = language_shares_of(sources)
@@ -441,7 +459,7 @@ def _check_limits(
         if ledger.has_phases and language in of_phases:
             continue  # each phase keeps its own
         share = shares.get(language, 0.0)
-        slack = ledger.slack_rows(language) * seq_len / max(drawn_tokens, 1)
+        slack = ledger.slack_rows(language) * longest_row / max(drawn_tokens, 1)
         limits.append(
             PlannedLimit(
                 language=language,
@@ -459,7 +477,7 @@ def _check_phase_limits(
     ledger: Ledger,
     sources: Sequence[PlannedSource],
     phases: Sequence[PlannedPhase],
-    seq_len: int,
+    longest_row: int,
 ) -> tuple[PlannedLimit, ...]:
     """Return the bounds of each phase that has its own, and whether it keeps them."""
     languages = {source.name: source.language for source in sources}
@@ -473,7 +491,7 @@ def _check_phase_limits(
                 if languages[name] == language:
                     tokens += count
             rows = ledger.segment_at(phase.start_step).slack_rows(language)
-            slack = rows * seq_len / total
+            slack = rows * longest_row / total
             is_met = bounds.min_share - slack <= tokens / total <= bounds.max_share + slack
             limits.append(
                 PlannedLimit(

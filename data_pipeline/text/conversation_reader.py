@@ -11,7 +11,8 @@ Decisions
     A turn of which no message bears loss is no document. That is a reject only if the record has no
     other turn: who marks single messages has meant it.
     With `loss: assistant` a turn must end where the model would stop. Messages of the assistant
-    that neither answer nor call a function, followed by a question, teach no such end.
+    that neither answer nor call a function, followed by a question, teach no such end. Nor is a
+    call learned of which the conversation does not say that there is such a function.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from data_pipeline.text.record_shapes import as_messages
 LOSS_RULES_VERSION = 2
 """Raised when a source with `loss: assistant` gives other documents, or others count as copies."""
 NO_ANALYSIS = "last turn without analysis"
+NO_TOOLS = "call of a function in a record without 'tools'"
 NO_LOSS = "no message of the assistant bears loss"
 UNLEARNED_TURN = "turn of which no message bears loss"
 """Note on a turn that gives no document, beside others that do."""
@@ -108,6 +110,10 @@ def _why_not_learned(turn: Sequence[Message], source: SourceConfig) -> str | Non
         return NO_ANALYSIS
     if source.loss == "all":
         return None
+    if not conversation.tools:
+        for message in conversation.learned_messages():
+            if message.is_call:
+                return NO_TOOLS
     for message, following in itertools.pairwise(turn):
         goes_on = message.is_call or following.role == "assistant"
         if message.role == "assistant" and not goes_on:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Sequence, Set
 from typing import Any
 
@@ -43,12 +44,13 @@ from data_pipeline.text.record_keys import (
     says_nothing,
 )
 
-RULES_VERSION = 3
+RULES_VERSION = 4
 """Version of the rules by which records become conversations. It belongs to the fingerprint of a
 build, so a change of what is read, ignored or rejected must raise it."""
 TOO_DEEP = "values nested too deeply"
 NO_MESSAGES = "no list of objects 'messages'"
 OLD_CALLS = "function_call, the old form of tool calls"
+PARTS = "tool result as a list of parts, which only shape: openai reads"
 NO_RESULT = "tool call without its result"
 _KEYS_OF_ROLE = {
     "assistant": frozenset(MESSAGE_KEYS) - {"name", "tool_call_id"},
@@ -58,6 +60,7 @@ _KEYS_OF_OTHERS = frozenset(("role", "content", "channel", "loss", *THINKING_KEY
 """Keys of a user's or developer's message; some of them have a reason of their own."""
 _CALL_KEYS = frozenset(("id", "type", "index", "function"))
 _FUNCTION_KEYS = frozenset(("name", "arguments"))
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _TOOL_KEYS = frozenset(("name", "description", "parameters", "strict"))
 
 
@@ -125,10 +128,13 @@ def _without(given: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 def _date_of(value: Any) -> datetime.date:
     if value is None:
         return DEFAULT_DATE
+    problem = "current_date is not YYYY-MM-DD"
+    if not isinstance(value, str) or not _DATE.fullmatch(value):  # Python reads other forms, too
+        raise UnusableRecordError(problem)
     try:
         return datetime.date.fromisoformat(value)
-    except (TypeError, ValueError):
-        raise UnusableRecordError("current_date is not YYYY-MM-DD") from None
+    except ValueError:
+        raise UnusableRecordError(problem) from None
 
 
 def _tools_of(value: Any) -> list[Tool]:
@@ -294,6 +300,8 @@ class _MessageReader:
 
     def _read_result(self, message: dict[str, Any]) -> None:
         content = message.get("content")
+        if isinstance(content, list) and any(map(_is_text_part, content)):
+            raise UnusableRecordError(PARTS)
         if isinstance(content, dict | list):
             content = json.dumps(content, ensure_ascii=False)
         text = content if content == "" else _usable(content)
@@ -319,6 +327,10 @@ class _MessageReader:
     def _require_results(self) -> None:
         if self._open:
             raise UnusableRecordError(NO_RESULT)
+
+
+def _is_text_part(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("type") == "text" and "text" in value
 
 
 _MISPLACED_THINKING = "'thinking' beside something else than an answer of the assistant"

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.text.record_keys import UnusableRecordError
+
 FUNCTION_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """Names that a header can hold: no space and no mark of the format."""
 NAMESPACE = "functions"
@@ -207,7 +209,28 @@ def _quoted(default: Any, schema: dict[str, Any], *, always: bool = False) -> st
             return f'"{default}"'
         if not always:
             return default
-    text = json.dumps(default, ensure_ascii=False, separators=(",", ":"))
-    if isinstance(default, float):
-        return re.sub(r"e\+?(-?)0*", r"e\1", text)  # 1e+20 is 1e20 in Rust
-    return text
+    return _json_text(default)
+
+
+def _json_text(value: Any) -> str:
+    """Return JSON without blanks, with numbers as Rust's serde_json writes them."""
+    if isinstance(value, list):
+        return f"[{','.join(_json_text(one) for one in value)}]"
+    if isinstance(value, dict):
+        members = []
+        for key, one in value.items():
+            members.append(f"{json.dumps(key, ensure_ascii=False)}:{_json_text(one)}")
+        return f"{{{','.join(members)}}}"
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        try:
+            value = float(value)  # as it is read there
+        except OverflowError:
+            raise UnusableRecordError("default of a tool's field that is out of range") from None
+    text = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, float):
+        return text
+    if text.endswith("e-05"):  # 1.5e-05 is 0.000015, and smaller ones have an exponent
+        sign = "-" if value < 0 else ""
+        digits = text.removesuffix("e-05").removeprefix("-").replace(".", "")
+        return f"{sign}0.0000{digits}"
+    return re.sub(r"e\+?(-?)0*", r"e\1", text)  # 1e+20 is 1e20

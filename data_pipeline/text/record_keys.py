@@ -1,8 +1,13 @@
-"""What every reader of conversations asks of the keys of a record, in whatever shape it is."""
+"""Keys of a record: the value of a field, also inside others, and what conversations ask of them.
+
+Decisions
+    `a.b` is the field b of the field a. A field whose own name is `a.b` comes before it, so that a
+    name with dots needs no other way to write it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 METADATA_KEYS = frozenset(
@@ -27,6 +32,8 @@ METADATA_KEYS = frozenset(
     )
 )
 """Keys beside `messages` that name or sort a record, and change nothing of what it says."""
+ABSENT = object()
+"""Value of a field that a record does not have."""
 UNKNOWN_KEY = "unknown key"
 """Beginning of the reason why a record with a key that is not known is rejected."""
 _MAX_KEY_CHARACTERS = 40
@@ -34,6 +41,21 @@ _MAX_KEY_CHARACTERS = 40
 
 class UnusableRecordError(Exception):
     """A record that cannot become a conversation; the message is the reason."""
+
+
+def find_field(record: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a field, or ABSENT; `name` may lead into other fields."""
+    if name in record:
+        return record[name]
+    dot = name.find(".")
+    while dot >= 0:
+        inner = record.get(name[:dot])
+        if isinstance(inner, Mapping):
+            value = find_field(inner, name[dot + 1 :])
+            if value is not ABSENT:
+                return value
+        dot = name.find(".", dot + 1)
+    return ABSENT
 
 
 def refuse_unknown_keys(given: dict[str, Any], known: Set[str], kind: str) -> None:

@@ -32,8 +32,10 @@ from data_pipeline.config.source_config import (
 )
 from data_pipeline.text.cleaning import why_unusable
 from data_pipeline.text.record_keys import (
+    ABSENT,
     METADATA_KEYS,
     UnusableRecordError,
+    find_field,
     is_blank,
     refuse_unknown_keys,
     says_nothing,
@@ -84,7 +86,7 @@ def as_messages(
     if ignored_keys:
         record = {key: value for key, value in record.items() if key not in ignored_keys}
     if shape == "openai":
-        return _from_openai(record)
+        return _from_openai(record, ignored_keys)
     if shape == "sharegpt":
         return _from_sharegpt(record, ignored_keys)
     return _from_alpaca(record, template)
@@ -115,7 +117,9 @@ def keys_read(record: Record, shape: Shape, template: str | None) -> set[str]:
     if shape == "sharegpt":
         return {*RECORD_KEYS, *_SHAREGPT_KEYS}
     if shape == "alpaca":
-        return {*RECORD_KEYS, *_alpaca_fields(template), *_ALPACA_KEYS}
+        fields = _alpaca_fields(template)
+        outer = [field.partition(".")[0] for field in fields]
+        return {*RECORD_KEYS, *fields, *outer, *_ALPACA_KEYS}
     return set(RECORD_KEYS)
 
 
@@ -123,7 +127,7 @@ def _alpaca_fields(template: str | None) -> tuple[str, ...]:
     return _ALPACA_TEXTS if template is None else template_fields(template)
 
 
-def _from_openai(record: Record) -> Record:
+def _from_openai(record: Record, ignored_keys: Sequence[str]) -> Record:
     messages = record.get("messages")
     if not isinstance(messages, list):
         return record
@@ -135,7 +139,10 @@ def _from_openai(record: Record) -> Record:
         rest["tools"] = functions
     renamed = []
     for message in messages:
-        renamed.append(_openai_message(message) if isinstance(message, dict) else message)
+        if isinstance(message, dict):
+            kept = {key: value for key, value in message.items() if key not in ignored_keys}
+            message = _openai_message(kept)
+        renamed.append(message)
     return {**rest, "messages": renamed}
 
 
@@ -223,7 +230,8 @@ def _joined(preamble: Record, call: Record) -> Record:
 
 def _from_alpaca(record: Record, template: str | None) -> Record:
     fields = _alpaca_fields(template)
-    refuse_unknown_keys(record, {*_COMMON_KEYS, *_ALPACA_KEYS, *fields}, "record")
+    outer = [field.partition(".")[0] for field in fields]
+    refuse_unknown_keys(record, {*_COMMON_KEYS, *_ALPACA_KEYS, *fields, *outer}, "record")
     messages = _instructions_of(record)
     history = record.get("history") or []
     if not isinstance(history, list):
@@ -241,9 +249,11 @@ def _from_alpaca(record: Record, template: str | None) -> Record:
 def _alpaca_question(record: Record, fields: Sequence[str], template: str | None) -> str:
     texts: dict[str, str] = {}
     for field in fields:
-        value = record.get(field)
-        if template is None and field == "input" and is_blank(value):
+        value = find_field(record, field)
+        if template is None and field == "input" and (value is ABSENT or is_blank(value)):
             continue
+        if value is ABSENT:
+            raise UnusableRecordError(f"no field '{field}'")
         reason = why_unusable(value)
         if reason is not None:
             raise UnusableRecordError(f"field '{field}': {reason}")

@@ -60,15 +60,18 @@ class StagedData:
 
     source_names = ("en", "ja")
 
-    def __init__(self, stage: int) -> None:
+    def __init__(self, stage: int, learned: float = 1.0) -> None:
+        """Take the share of the tokens of Japanese that is learned."""
         self.stage = stage
+        self.learned = {"en": 1.0, "ja": learned}
         self.seq_len = PLAN.spans[stage].seq_len
         entries = []
         for name in self.source_names:
             stages = []
             for number, span in enumerate(PLAN.spans):
                 rows = self.rows(name, number)
-                stages.append(SimpleNamespace(predicted_tokens=rows * span.seq_len))
+                tokens = int(rows * span.seq_len * self.learned[name])
+                stages.append(SimpleNamespace(rows=rows, predicted_tokens=tokens))
             entries.append(SimpleNamespace(name=name, stages=tuple(stages)))
         self.manifest = SimpleNamespace(sources=tuple(entries))
 
@@ -77,12 +80,13 @@ class StagedData:
         return ENGLISH_ROWS[stage] if name == "en" else 1000
 
     def row_tokens(self, source: int) -> Any:
-        return np.full(self.rows(self.source_names[source], self.stage), self.seq_len)
+        name = self.source_names[source]
+        return np.full(self.rows(name, self.stage), int(self.seq_len * self.learned[name]))
 
 
-def staged_job(mix: MixConfig, step: int) -> Job:
+def staged_job(mix: MixConfig, step: int, learned: float = 1.0) -> Job:
     """Return a run that has done some steps of its first stage."""
-    data: Any = StagedData(0)
+    data: Any = StagedData(0, learned)
     job = make_job(data, total_steps=TOTAL_STEPS)
     context: Any = job.context
     context.mix = mix
@@ -97,6 +101,13 @@ def staged_job(mix: MixConfig, step: int) -> Job:
     job.guard = guard
     job._follow(Ledger.start(mix, total_steps=TOTAL_STEPS))
     return job
+
+
+def later_stage(english_rows: int) -> LaterStage:
+    """Return a stage of 60 rows of 16 tokens."""
+    rows = {"en": english_rows, "ja": 1000}
+    tokens = {name: 16 * count for name, count in rows.items()}
+    return LaterStage(rows=60, source_rows=rows, source_tokens=tokens, mean_shares={})
 
 
 def limits_at(step: int, max_epochs: float | None) -> tuple[Job, LeverLimits]:
@@ -121,6 +132,17 @@ def test_raise_is_limited_by_the_epochs_of_a_later_stage(step: int) -> None:
         beyond.global_batch(TOTAL_STEPS - 1, 6)
 
 
+def test_raise_beside_conversations_goes_as_far_as_the_rows_of_a_later_stage() -> None:
+    """A quarter of the Japanese tokens is learned, so English has few rows to give for a share."""
+    job = staged_job(mix_of(max_epochs=1.0), 5, learned=0.25)
+    largest = lever_limits(job).shares["english"][1]
+    assert largest > 2 * SHARE
+    second: Any = StagedData(1, learned=0.25)
+    job.reweigh(GuardState(shares={"english": largest}))
+    mixture = Mixture(second, job.ledger, 3, first_step=20)
+    assert mixture.position(TOTAL_STEPS, 6).drawn_rows[0] in (23, 24)
+
+
 def test_source_that_may_repeat_is_not_limited_by_a_later_stage() -> None:
     _, limits = limits_at(5, max_epochs=None)
     assert limits.shares["english"][1] == 1.0
@@ -129,7 +151,7 @@ def test_source_that_may_repeat_is_not_limited_by_a_later_stage() -> None:
 def test_schedule_that_takes_less_in_a_later_stage_leaves_more_for_a_raise() -> None:
     mix = mix_of(max_epochs=1.0)
     data: Any = StagedData(0)
-    later = LaterStage(slots=960, source_tokens={"en": 24 * 16, "ja": 16000}, mean_shares={})
+    later = later_stage(english_rows=24)
     drawn = SimpleNamespace(drawn_rows=(0, 0))
     mixture: Any = SimpleNamespace(position=lambda batch, batch_size: drawn)
     for mean, left in ((0.1, 0.292), (0.35, 0.042), (0.5, 0.0)):
@@ -149,7 +171,7 @@ def test_source_without_rows_in_a_later_stage_is_not_raised() -> None:
     mix = mix_of(max_epochs=None)
     data: Any = StagedData(0)
     plan = {"en": 0.0, "ja": 1.0}
-    later = LaterStage(slots=960, source_tokens={"en": 0, "ja": 16000}, mean_shares=plan)
+    later = replace(later_stage(english_rows=0), mean_shares=plan)
     drawn = SimpleNamespace(drawn_rows=(0, 0))
     mixture: Any = SimpleNamespace(position=lambda batch, batch_size: drawn)
     shares = ReplayShares(mix, data, 0.75).at(plan, {})

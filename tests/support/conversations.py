@@ -75,7 +75,8 @@ def random_schema(rng: random.Random, depth: int = 2) -> Record:
     if rng.random() < 0.3:
         texts = schema.get("enum") or [random_text(rng, 1)]
         values: list[Any] = [1, 2.5, True, None, [1, "a"], {"k": "v", "n": 1}, "\u6771\u4eac"]
-        schema["default"] = rng.choice([*texts, *values])
+        numbers: list[Any] = [1e20, 1e-7, -1.5e-5, 2**64, -(2**63), [1e17, {"k": [2e-5, 1e-4]}]]
+        schema["default"] = rng.choice([*texts, *values, *numbers])
     return schema
 
 

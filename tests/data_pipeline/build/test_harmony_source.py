@@ -52,6 +52,7 @@ CALL = call("f", {})
 CALLS = {"tool_calls": CALL["tool_calls"]}
 TWO_CALLS = {**CALL, "tool_calls": [*CALL["tool_calls"], *call("g", "{}")["tool_calls"]]}
 RESULT = {"role": "tool", "name": "f", "content": "1"}
+PARTS = [{"type": "text", "text": "1"}]
 TOOL_G = {"name": "g", "description": "G."}
 
 
@@ -128,6 +129,10 @@ def test_control_tokens_written_in_a_message_stay_text() -> None:
         ({"messages": [{**QUESTION, "thinking": "x"}, ANSWER]}, "'thinking' beside something else"),
         ({"messages": [QUESTION, ANSWER], "reasoning_effort": "huge"}, "reasoning_effort"),
         ({"messages": [QUESTION, ANSWER], "current_date": "today"}, "current_date"),
+        ({"messages": [QUESTION, ANSWER], "current_date": "20250805"}, "current_date"),
+        ({"messages": [QUESTION, ANSWER], "current_date": "2025-W32-2"}, "current_date"),
+        ({"messages": [QUESTION, ANSWER], "current_date": "2025-02-30"}, "current_date"),
+        ({"messages": [QUESTION, CALL, {**RESULT, "content": PARTS}, ANSWER]}, "shape: openai"),
     ],
 )  # fmt: skip
 def test_a_record_that_cannot_be_rendered_is_rejected_with_its_reason(
@@ -207,6 +212,10 @@ def test_a_source_of_unknown_keys_is_refused_with_the_way_out(
         ({"ignored_keys": ["weight"]}, "ignored_keys is given, but format: auto"),
         ({"format": "harmony", "ignored_keys": ["tool_calls"]}, "ignored_keys lists 'tool_calls'"),
         ({"format": "harmony", "ignored_keys": ["reasoning"]}, "ignored_keys lists 'reasoning'"),
+        ({"format": "harmony", "ignored_keys": ["loss"]}, "ignored_keys lists 'loss'"),
+        ({"format": "harmony", "ignored_keys": ["input"]}, "lists 'input'.* set shape: harmony"),
+        ({"format": "harmony", "ignored_keys": ["from"], "shape": "sharegpt"}, "lists 'from'"),
+        ({"format": "harmony", "ignored_keys": ["system"]}, "lists 'system'"),
     ],
 )
 def test_ignored_keys_that_cannot_be_right_are_refused(
@@ -214,6 +223,12 @@ def test_ignored_keys_that_cannot_be_right_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_mix({"en": ["text"]}, sources={"en": keys})
+
+
+def test_keys_of_other_shapes_may_be_ignored_where_the_shape_is_named(make_mix: MakeMix) -> None:
+    keys = {"format": "harmony", "shape": "openai", "ignored_keys": ["input", "system", "weight"]}
+    mix = make_mix({"en": ["text"]}, sources={"en": keys})
+    assert mix.sources[0].ignored_keys == ("input", "system", "weight")
 
 
 def test_rows_that_cut_conversations_anywhere_are_refused(chat_mix: Any) -> None:

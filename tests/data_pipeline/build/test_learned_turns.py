@@ -30,6 +30,8 @@ PLAIN = {"role": "assistant", "content": "A"}
 NOTE = {"role": "assistant", "channel": "commentary", "content": "wait"}
 CALL = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]}
 
+PARTS = {"role": "tool", "content": [{"type": "text", "text": "1"}]}
+
 
 def source(**keys: Any) -> SourceConfig:
     values = {"loss": "assistant", **keys}
@@ -119,6 +121,7 @@ def test_each_turn_is_a_document_with_the_history_as_inference_shows_it(
         ([QUESTION, {**ANSWER, "loss": False}], {}, NO_LOSS),
         ([QUESTION, ANSWER, QUESTION, {**ANSWER, "loss": False}], {}, NO_LOSS),
         ([QUESTION, {**ANSWER, "loss": False}], {"loss": "all"}, "but loss of the source is all"),
+        ([QUESTION, CALL], {}, "call of a function in a record without 'tools'"),
         ([QUESTION, NOTE, QUESTION, ANSWER], {}, "stops before an answer or a call"),
     ],
 )
@@ -140,6 +143,16 @@ def test_a_turn_is_rejected_alone() -> None:
     marked = [QUESTION, {**ANSWER, "loss": False}, QUESTION, ANSWER]
     reading = read_conversations({"messages": marked}, source(turns="each"))
     assert len(reading.turns) == 1 and not reading.rejects and len(reading.notes) == 1
+
+
+def test_a_call_without_definitions_is_read_where_it_is_not_learned_as_a_call() -> None:
+    result = {"role": "tool", "name": "f", "content": "1"}
+    messages = [QUESTION, {**CALL, "loss": False}, result, ANSWER]
+    assert len(read_conversations({"messages": messages}, source()).conversations) == 1
+    called = {"messages": [QUESTION, CALL]}
+    assert len(read_conversations(called, source(loss="all")).conversations) == 1
+    defined = {**called, "tools": [{"name": "f"}]}
+    assert len(read_conversations(defined, source()).conversations) == 1
 
 
 def test_a_turn_that_fits_no_row_is_left_out_whole_and_counted(
@@ -234,6 +247,8 @@ def test_a_rendering_with_its_mask_has_the_same_tokens() -> None:
     [
         ({"messages": [QUESTION, PLAIN]}, {"require_analysis": True}, "reasoning_effort: low"),
         ({"messages": [QUESTION, CALL, QUESTION, ANSWER]}, {}, "needs its result next"),
+        ({"messages": [QUESTION, CALL]}, {}, "Give the record the definitions"),
+        ({"messages": [QUESTION, CALL, PARTS, PLAIN]}, {}, "Set shape: openai"),
         ({"dialog": []}, {}, "need the shape of the source to name it"),
         ({"messages": [QUESTION, {**PLAIN, "function_call": {"name": "f"}}]}, {}, "shape: openai"),
     ],

@@ -210,6 +210,19 @@ def test_conversations_are_shared_by_all_rows_that_hold_them(
     assert made == ["chat", "chat"]
 
 
+def test_a_build_that_leaves_long_conversations_out_is_taken_by_rows_of_its_length(
+    make_mix: MakeMix, tmp_path: Path, cache: Path, made: list[str]
+) -> None:
+    built(chat_mix(make_mix, [10, 20, 30, 200], 1024), tmp_path / "earlier")
+    made.clear()
+    source = {"format": "build", "path": str(tmp_path / "earlier")}
+    hashes = set()
+    for number in range(2):
+        mix = make_mix({"chat": ["x"]}, sources={"chat": source}, seq_len=128, max_reject_share=0.9)
+        hashes.add(built(mix, tmp_path / f"later{number}", cache).hash)
+    assert made == ["chat"] and len(hashes) == 1
+
+
 def entry_files(cache: Path) -> list[Path]:
     return sorted(path for path in (cache / "parts").rglob("*") if path.is_file())
 

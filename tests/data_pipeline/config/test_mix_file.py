@@ -64,7 +64,7 @@ def test_a_good_mix_loads_with_absolute_sorted_files(folder: Path) -> None:
 
 
 def test_loss_weights_that_mean_nothing_are_refused(folder: Path) -> None:
-    for value in ("-0.5", ".inf", ".nan"):
+    for value in ("-0.5", ".inf", ".nan", "1e-310", "1e-7", "1e7", "1e308"):
         problems = changed(folder, "weight: 0.5\n", f"weight: 0.5\n    loss_weight: {value}\n")
         assert any("loss_weight" in problem for problem in problems), problems
     text = GOOD.replace("weight: 0.5\n", "weight: 0.5\n    loss_weight: 0\n")
@@ -72,6 +72,22 @@ def test_loss_weights_that_mean_nothing_are_refused(folder: Path) -> None:
     assert "nothing would be learned" in problem
     one = GOOD.replace("weight: 0.5\n", "weight: 0.5\n    loss_weight: 0\n", 1)
     assert [source.loss_weight for source in load_mix(write(folder, one)).sources] == [0.0, 1.0]
+
+
+def test_sources_that_are_not_trained_on_do_not_count_as_learned(folder: Path) -> None:
+    both = GOOD.replace("weight: 0.5\n", "weight: 1.0\n    loss_weight: 0\n", 1)
+    (problem,) = problems_of(folder, both.replace("weight: 0.5\n", "weight: 0\n"))
+    assert "sources trains on sources of loss_weight 0 alone" in problem
+
+
+def test_a_phase_that_learns_nothing_is_refused(folder: Path) -> None:
+    one = GOOD.replace("weight: 0.5\n", "weight: 0.5\n    loss_weight: 0\n", 1)
+    schedule = (
+        "schedule:\n  - {name: a, share: 0.5, weights: {ja_web: 1}}\n"
+        "  - {name: b, share: rest, weights: {en_web: 1}}\n"
+    )
+    problems = problems_of(folder, one + schedule)
+    assert ["schedule[0] trains on sources of loss_weight 0" in text for text in problems] == [True]
 
 
 def test_paths_are_relative_to_the_mix_and_not_to_the_working_directory(

@@ -107,6 +107,36 @@ def test_floors_are_reported_as_met_or_not(built: BuiltData, mix: MixConfig) -> 
     assert "language 'en': has" in problem and "must have from 50.00%" in problem
 
 
+def test_floor_beside_conversations_may_be_missed_by_learned_tokens_of_a_row_only(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    sources = {}
+    for name in ("ja", "en"):
+        records = []
+        for number, question in enumerate(make_texts(60, name)):
+            asked = {"role": "user", "content": f"{number} {question} " * 3}
+            answer = {"role": "assistant", "content": f"{number}"}
+            records.append(json.dumps({"messages": [asked, answer]}))
+        path = tmp_path / f"{name}-chat.jsonl"
+        path.write_text("\n".join(records), encoding="utf-8")
+        sources[name] = {
+            "path": str(path),
+            "format": "harmony",
+            "loss": "assistant",
+            "loss_weight": 0.5 if name == "en" else 1,
+        }
+    texts = {"ja": ["x"], "en": ["x"]}
+    weights = {"ja": 0.7, "en": 0.3}
+    mix = make_mix(texts, weights=weights, sources=sources, seq_len=512)
+    build(mix, tmp_path / "out", progress=False)
+    built = BuiltData.open(tmp_path / "out", mix=mix)
+    broken = dataclasses.replace(mix, languages={"en": LanguageLimits(min_share=0.4)})
+    plan = make_data_plan(built, broken, 100, ROWS, Ledger.start(mix))
+    assert [limit.met for limit in plan.limits] == [False]
+    assert "en: each of its tokens counts 0.5 times in the loss" in plan.describe()
+    assert "ja: each of its tokens counts" not in plan.describe()
+
+
 def test_japanese_tokens_are_weighed_by_what_they_say(built: BuiltData, mix: MixConfig) -> None:
     plan = make_data_plan(built, mix, STEPS, ROWS)
     tokens, content = plan.language_shares(), plan.content_shares()

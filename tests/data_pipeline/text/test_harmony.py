@@ -141,6 +141,17 @@ def test_the_hash_of_a_conversation_without_tools_is_that_of_earlier_versions() 
     )
 
 
+@pytest.mark.parametrize("default", [10**400, [{"k": -(10**400)}]], ids=["alone", "nested"])
+def test_a_default_that_no_float_holds_rejects_its_record(default: Any) -> None:
+    """openai-harmony refuses such a record: number out of range."""
+    field = {"type": "number", "default": default}
+    parameters = {"type": "object", "properties": {"a": field}}
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    record = {"messages": messages, "tools": [{"name": "f", "parameters": parameters}]}
+    conversation, reason = read_conversation(record)
+    assert conversation is None and reason is not None and "out of range" in reason
+
+
 def test_a_function_without_parameters_and_without_description_is_rendered() -> None:
     section = tools_section([Tool(name="f", description="")])
     assert section.endswith(

@@ -120,6 +120,15 @@ def test_the_question_of_alpaca_may_be_a_template() -> None:
     assert tokens_of(found) == expected(messages)
 
 
+def test_a_template_of_alpaca_reads_fields_inside_others() -> None:
+    record = {"meta": {"q": "Q"}, "context": {"text": "C"}, "output": "A"}
+    found = read(record, "alpaca", template="{context.text} {meta.q}")
+    messages = [{"role": "user", "content": "C Q"}, {"role": "assistant", "content": "A"}]
+    assert tokens_of(found) == expected(messages)
+    missing = read({"meta": {}, "output": "A"}, "alpaca", template="{meta.q}")
+    assert missing.rejects == ("no field 'meta.q'",)
+
+
 def test_what_only_openai_has_is_read_under_its_name_alone() -> None:
     parts = [{"type": "text", "text": "Wea"}, {"type": "text", "text": "ther?"}]
     function = {"name": "weather", "arguments": ARGUMENTS}
@@ -226,6 +235,16 @@ def test_keys_may_be_ignored_in_every_shape() -> None:
     turns = [{**turn, "mood": "x"} for turn in SHARED]
     record = {"conversations": turns, "system": "Be kind.", "score": 3}
     assert tokens_of(read(record, ignored_keys=("mood", "score"))) == expected(CHAT)
+
+
+def test_a_weight_that_is_ignored_is_not_read_in_any_shape() -> None:
+    messages = [CHAT[1], {**CHAT[2], "weight": 0.5}]
+    for shape in ("harmony", "openai"):
+        found = read({"messages": messages}, shape, ignored_keys=("weight",))
+        assert tokens_of(found) == expected(CHAT[1:3])
+    turns = [share_turn("human", "Q1"), {**share_turn("gpt", "A1"), "weight": 0.5}]
+    found = read({"conversations": turns}, "sharegpt", ignored_keys=("weight",))
+    assert tokens_of(found) == expected(CHAT[1:3])
 
 
 def test_a_shape_without_conversations_is_refused() -> None:
