@@ -86,7 +86,8 @@ def read_conversations(record: dict[str, Any], source: SourceConfig) -> ReadReco
     kept = []
     rejects = []
     for turn in learned:
-        reason = _why_not_learned(whole.messages[turn.start : turn.stop], source)
+        messages = whole.messages[turn.start : turn.stop]
+        reason = _why_not_learned(messages, source, has_tools=bool(whole.tools))
         if reason is None:
             kept.append(turn)
         else:
@@ -105,15 +106,15 @@ def _require_loss(messages: Sequence[Message]) -> None:
             raise UnusableRecordError("'loss: false' on a message, but loss of the source is all")
 
 
-def _why_not_learned(turn: Sequence[Message], source: SourceConfig) -> str | None:
+def _why_not_learned(
+    turn: Sequence[Message], source: SourceConfig, *, has_tools: bool
+) -> str | None:
     if source.require_analysis and "analysis" not in [message.channel for message in turn]:
         return NO_ANALYSIS
     if source.loss == "all":
         return None
-    if not conversation.tools:
-        for message in conversation.learned_messages():
-            if message.is_call:
-                return NO_TOOLS
+    if not has_tools and any(message.is_call and message.is_learnable for message in turn):
+        return NO_TOOLS
     for message, following in itertools.pairwise(turn):
         goes_on = message.is_call or following.role == "assistant"
         if message.role == "assistant" and not goes_on:

@@ -148,11 +148,11 @@ def test_a_turn_is_rejected_alone() -> None:
 def test_a_call_without_definitions_is_read_where_it_is_not_learned_as_a_call() -> None:
     result = {"role": "tool", "name": "f", "content": "1"}
     messages = [QUESTION, {**CALL, "loss": False}, result, ANSWER]
-    assert len(read_conversations({"messages": messages}, source()).conversations) == 1
+    assert len(read_conversations({"messages": messages}, source()).turns) == 1
     called = {"messages": [QUESTION, CALL]}
-    assert len(read_conversations(called, source(loss="all")).conversations) == 1
+    assert len(read_conversations(called, source(loss="all")).turns) == 1
     defined = {**called, "tools": [{"name": "f"}]}
-    assert len(read_conversations(defined, source()).conversations) == 1
+    assert len(read_conversations(defined, source()).turns) == 1
 
 
 def test_a_turn_that_fits_no_row_is_left_out_whole_and_counted(
