@@ -1,4 +1,7 @@
-"""This project's engine as cpt/run.py builds it, with ZeRO-3 and all experts on every rank."""
+"""This project's engine as cpt/run.py builds it, with all experts on every rank.
+
+It runs ZeRO-3, and ZeRO-2 with adapters, as the recipes for one GPU do.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ train: {{seq_len: {case.tokens}, global_batch_size: {case.ranks}, total_steps: 1
 """
     if case.lora:
         text += f"adapter: {{kind: lora, rank: {RANK}, expert_rank: {EXPERT_RANK}, alpha: {RANK}}}"
-    zero = {"stage": 3, **(offload or {})}
+    zero = {"stage": 2 if case.lora else 3, **(offload or {})}
     engine_text = json.dumps({"zero_optimization": zero, "sequence_parallel_size": 1})
     engine_json = parse_yaml(engine_text, "ds.json")
     launch_info = LaunchInfo(world_size=case.ranks, local_world_size=case.ranks)
