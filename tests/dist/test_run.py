@@ -160,6 +160,7 @@ def whole(workplace: Path) -> Path:
 def test_undisturbed_run_writes_what_the_contract_says(whole: Path) -> None:
     steps = steps_of(whole)
     keys = {"event", "step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second"}
+    keys |= {"slots"}
     keys |= {"loss_by_source", "loss_by_language", "tokens_by_source", "bytes_sent"}
     keys |= {"time", "peak_memory_bytes", "total_tokens"}
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
@@ -288,7 +289,7 @@ def test_model_card_says_what_was_trained_on_what_and_nothing_about_the_machine(
     card = (whole / "export" / "step-00000008" / "README.md").read_text()
     tokens = sum(step["tokens_by_source"]["ja_essay"] for step in steps_of(whole))
     assert f"| ja_essay | ja | ja_essay | 0.5 | {tokens:,} |" in card
-    assert "Started from random weights (`tiny`). 8 optimizer steps" in card
+    assert "Started from `random weights (tiny)`. 8 optimizer steps" in card
     assert "Held-out text" in card
     assert str(whole.parent) not in card and str(ROOT) not in card
 

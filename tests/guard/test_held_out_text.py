@@ -71,7 +71,7 @@ def test_baseline_of_other_weights_is_refused_wherever_the_model_lies(
     monkeypatch.setattr("cpt.guard.held_out_text.ScoredSet", lambda *_: None)
     monkeypatch.setattr("cpt.guard.held_out_text.content_hashes", lambda sets, _: ["c"] * len(sets))
     monkeypatch.setattr("cpt.guard.held_out_text.score_domain", lambda *_, **__: english)
-    for module in ("guard", "held_out_text", "baseline"):
+    for module in ("guard", "held_out_text", "baseline", "untouched_model"):
         monkeypatch.setattr(f"cpt.guard.{module}.on_first_rank", lambda _, do: do())
     engine: Any = None
     guard_of(model_of("base", 1.0)).measure(0, engine, Telemetry(None))
