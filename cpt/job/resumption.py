@@ -172,15 +172,29 @@ class StartingPoint:
         return 0 if self.stages is None else self.stages.stage_of(self.progress.next_batch)
 
 
-def fresh_start(mix: MixConfig, data: BuiltData, config: RunConfig) -> StartingPoint:
+def fresh_start(
+    mix: MixConfig,
+    data: BuiltData | None,
+    config: RunConfig,
+    given_up: Sequence[tuple[int, int]] = (),
+) -> StartingPoint:
     """Return the beginning of a run.
+
+    Args:
+        mix: The mix.
+        data: Its build; None leaves the hashes of its rows out of the ledger.
+        config: The run.
+        given_up: Batches that rollbacks have given up.
 
     Raises:
         ConfigError: it cannot follow the schedule of the mix, or has not as many steps as stages.
     """
-    ledger = Ledger.start(mix, data.manifest.row_hashes(), config.train.total_steps)
-    stages = planned_stages(config, mix)
-    return StartingPoint(ledger=ledger, progress=Progress(), stages=stages)
+    rows = None if data is None else data.manifest.row_hashes()
+    return StartingPoint(
+        ledger=Ledger.start(mix, rows, config.train.total_steps),
+        progress=Progress(skip_ranges=merged(given_up)),
+        stages=planned_stages(config, mix),
+    )
 
 
 def starting_point(
@@ -212,7 +226,10 @@ def starting_point(
         CheckpointError: the checkpoint lacks what a run needs.
     """
     if state.begins_a_run:
-        return _imported_start(state, checkpoint, config, model_config, mix, data, given_up)
+        problems = architecture_problems(state, checkpoint, model_config)
+        if problems:
+            raise ConfigError(problems)
+        return fresh_start(mix, data, config, given_up)
     progress = Progress.from_json(state.part("progress", checkpoint))
     progress.skip_ranges = merged([*progress.skip_ranges, *given_up])
     problems = RunIdentity.of(config).problems(state, checkpoint)
@@ -238,27 +255,6 @@ def starting_point(
         raise ConfigError(problems)
     assert ledger is not None
     return StartingPoint(ledger=ledger, progress=progress, stages=stages)
-
-
-def _imported_start(
-    state: RunState,
-    checkpoint: str,
-    config: RunConfig,
-    model_config: GptOssConfig,
-    mix: MixConfig,
-    data: BuiltData | None,
-    given_up: Sequence[tuple[int, int]],
-) -> StartingPoint:
-    """Return the beginning of a run whose first weights were imported; see `starting_point`."""
-    problems = architecture_problems(state, checkpoint, model_config)
-    if problems:
-        raise ConfigError(problems)
-    rows = None if data is None else data.manifest.row_hashes()
-    return StartingPoint(
-        ledger=Ledger.start(mix, rows, config.train.total_steps),
-        progress=Progress(skip_ranges=merged(given_up)),
-        stages=planned_stages(config, mix),
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
