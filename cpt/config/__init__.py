@@ -100,9 +100,7 @@ def load(
     problems: list[str] = []
     parsed = None
     try:
-        reader = Reader(with_overrides(load_yaml(run_yaml), overrides, run_yaml.parent))
-        parsed = reader.read(RunYaml)
-        problems += reader.problems
+        parsed = load_run_yaml(run_yaml, overrides)
     except ConfigError as error:
         problems += error.problems
     json_file = None
@@ -116,7 +114,7 @@ def load(
     if problems:
         raise ConfigError(problems)
     assert parsed is not None and json_file is not None
-    return _with_paths_beside(parsed, run_yaml), json_file
+    return parsed, json_file
 
 
 def load_run_yaml(run_yaml: Path, overrides: dict[str, str]) -> RunYaml:
