@@ -30,7 +30,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,14 @@ class TensorRecord:
         """Bytes of the tensor and its moments, all in fp32."""
         bytes_per_element = OPTIMIZER_BYTES if self.trained else FP32_BYTES
         return math.prod(self.shape) * bytes_per_element
+
+
+def fp32_records(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorRecord]:
+    """Return the records of trained tensors of these shapes, by name."""
+    records = {}
+    for name, shape in shapes.items():
+        records[name] = TensorRecord(shape=shape, dtype="float32")
+    return records
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cpt.checkpoint.adapter_state import AdapterState, base_from
-from cpt.checkpoint.manifest import Manifest, TensorRecord
+from cpt.checkpoint.manifest import Manifest, fp32_records
 from cpt.checkpoint.model_config import model_config_of
 from cpt.checkpoint.reader import check_same_tensors
 from cpt.checkpoint.run_state import RunState
@@ -39,9 +39,7 @@ def adapter_of(folder: Path, manifest: Manifest) -> AdapterState | None:
         return None
     config = model_config_of(manifest)
     state.check(config, folder.name)
-    wanted = {}
-    for name, shape in adapter_shapes(state.section, config).items():
-        wanted[name] = TensorRecord(shape=shape, dtype="float32")
+    wanted = fp32_records(adapter_shapes(state.section, config))
     check_same_tensors(folder.name, manifest.tensors, wanted)
     return state
 

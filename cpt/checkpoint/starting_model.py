@@ -21,9 +21,9 @@ from transformers import GptOssConfig
 from cpt.checkpoint.manifest import (
     MANIFEST,
     Manifest,
-    TensorRecord,
     check_hashes,
     check_listing,
+    fp32_records,
     read_manifest,
     share_of_files,
 )
@@ -138,10 +138,7 @@ def _check_tensors(path: Path, manifest: Manifest, shapes: Mapping[str, tuple[in
             f"and give that: cpt export --run_dir {run_dir or 'RUN'} --step {manifest.step} --out "
             "DIRECTORY"
         )
-    wanted = {}
-    for name, shape in shapes.items():
-        wanted[name] = TensorRecord(shape=shape, dtype="float32")
-    check_same_tensors(str(path), manifest.tensors, wanted)
+    check_same_tensors(str(path), manifest.tensors, fp32_records(shapes))
 
 
 def weight_files(path: Path) -> list[Path]:

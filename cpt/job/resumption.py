@@ -21,7 +21,7 @@ from cpt.checkpoint.adapter_state import (
     whole_model_problem,
 )
 from cpt.checkpoint.given_up_batches import batch_of_step, merged, read_rollbacks, skipped_by
-from cpt.checkpoint.manifest import TensorRecord, read_manifest
+from cpt.checkpoint.manifest import TensorRecord, fp32_records, read_manifest
 from cpt.checkpoint.reader import (
     candidates,
     check_same_tensors,
@@ -302,11 +302,8 @@ class ExpectedCheckpoint:
             CheckpointError: the parameters are others.
         """
         refuse_other_adapter(self.state, self.name, adapter, model_config, dtype)
-        wanted = {}
         shapes = adapter_shapes(adapter, model_config) or parameter_shapes(model_config)
-        for name, shape in shapes.items():
-            wanted[name] = TensorRecord(shape=shape, dtype="float32")
-        check_same_tensors(self.name, self.tensors, wanted)
+        check_same_tensors(self.name, self.tensors, fp32_records(shapes))
 
     def check_base(self, base: AdapterBase) -> None:
         """Refuse an adapter of another base.
