@@ -18,14 +18,12 @@ from cpt.checkpoint.model_config import model_config_of
 from cpt.checkpoint.reader import check_same_tensors
 from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import PIECE_NUMEL, CheckpointWeights
+from cpt.config.sections import DTYPES
 from cpt.model.adapters.layout import adapted_matrices, adapter_shapes
 from cpt.model.adapters.merged import AdaptedWeights
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.hf_layout import is_expert_name
 from cpt.model.weights.source import WeightSource
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""The dtypes of `train.dtype`."""
 
 
 def adapter_of(folder: Path, manifest: Manifest) -> AdapterState | None:

@@ -20,8 +20,9 @@ import torch
 from cpt.checkpoint.adapter_state import AdapterBase, AdapterState
 from cpt.checkpoint.manifest import Manifest, read_manifest, verify_files
 from cpt.checkpoint.model_config import model_config_of
-from cpt.checkpoint.model_weights import DTYPES, adapter_of
+from cpt.checkpoint.model_weights import adapter_of
 from cpt.checkpoint.weights import CheckpointWeights
+from cpt.config.sections import DTYPES
 from cpt.errors import ConfigError
 from cpt.export.huggingface import CompleteDirectory
 from cpt.model.adapters.layout import EXPERTS, AdaptedMatrix, adapted_matrices
