@@ -42,19 +42,14 @@ def pack(model: nn.Module) -> int:
 
 def materialize_packed(model: nn.Module, device: torch.device) -> None:
     """Allocate the codes of this rank's experts, without values."""
-    for experts, name, packed in _packed(model):
-        setattr(experts, name, PackedMatrices.empty(packed.shape, device))
+    for name, experts, packed in _packed(model):
+        last = name.rpartition(".")[2]
+        setattr(experts, last, PackedMatrices.empty(packed.shape, device))
 
 
 def packed_matrices(model: nn.Module) -> dict[str, PackedMatrices]:
     """Return this rank's packed matrices, by the name that the parameter would have."""
-    found = {}
-    for prefix, experts in _expert_modules(model):
-        for name in EXPERT_TENSORS:
-            matrices = getattr(experts, name)
-            if isinstance(matrices, PackedMatrices):
-                found[f"{prefix}.{name}"] = matrices
-    return found
+    return {name: packed for name, _, packed in _packed(model)}
 
 
 def fill_packed(model: nn.Module, source: CodeSource) -> None:
@@ -64,16 +59,12 @@ def fill_packed(model: nn.Module, source: CodeSource) -> None:
         StorageError: a file could not be read.
         ConfigError: a stored matrix has values that MXFP4 does not have.
     """
-    first_experts = {}
-    for prefix, experts in _expert_modules(model):
-        first_experts[prefix] = experts.first_expert
-    matrices = packed_matrices(model)
-    total = sum(packed.num_experts for packed in matrices.values())
+    matrices = list(_packed(model))
+    total = sum(packed.num_experts for _, _, packed in matrices)
     with show_progress(total, "reading packed experts", "expert", leave=False) as bar:
-        for name, packed in matrices.items():
-            first = first_experts[name.rpartition(".")[0]]
+        for name, experts, packed in matrices:
             for local in range(packed.num_experts):
-                blocks_Nb16, scales_Nb = source.codes(name, first + local)
+                blocks_Nb16, scales_Nb = source.codes(name, experts.first_expert + local)
                 packed.blocks_ENb16[local].copy_(blocks_Nb16)
                 packed.scales_ENb[local].copy_(scales_Nb)
                 bar.update(1)
@@ -85,9 +76,10 @@ def _expert_modules(model: nn.Module) -> Iterator[tuple[str, LocalExperts]]:
             yield name, module
 
 
-def _packed(model: nn.Module) -> Iterator[tuple[LocalExperts, str, PackedMatrices]]:
-    for _, experts in _expert_modules(model):
+def _packed(model: nn.Module) -> Iterator[tuple[str, LocalExperts, PackedMatrices]]:
+    """Yield (name that the parameter would have, module that holds it, its codes)."""
+    for prefix, experts in _expert_modules(model):
         for name in EXPERT_TENSORS:
             matrices: Any = getattr(experts, name)
             if isinstance(matrices, PackedMatrices):
-                yield experts, name, matrices
+                yield f"{prefix}.{name}", experts, matrices
