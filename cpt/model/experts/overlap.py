@@ -26,7 +26,7 @@ Shape letters: R rows of this rank's tokens, A arrived rows, M model size, I exp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -82,6 +82,15 @@ class _OverlappedLayer:
         return out_AM
 
 
+class _Needed(NamedTuple):
+    """Which gradients of the experts' tensors are needed, in the order of `Parameters`."""
+
+    gate_up: bool
+    gate_up_bias: bool
+    down: bool
+    down_bias: bool
+
+
 class _Gradients:
     """The operands of the weights' gradients, of which each half writes its rows."""
 
@@ -91,7 +100,7 @@ class _Gradients:
         num_rows = arrived.shape[0]
         expert_size, model_size = layer.parameters.down_EIM.shape[1:]
         self._layer = layer
-        self._needs = Parameters(*needs[:4])  # type: ignore[arg-type]
+        self._needs = _Needed(*needs[:4])
         self._need_adapters = any(needs[4:])
         self._arrived = arrived
         self.d_out_AM = arrived.new_empty(num_rows, model_size)
@@ -122,7 +131,7 @@ class _Gradients:
             *layer.activation,
             d_gate_up_A2I,
             self._weighted_AI[half.arrived],
-            bool(self._needs.gate_up_bias_E2I),
+            self._needs.gate_up_bias,
         )
         d_weights_A, d_down_bias = expert_output_backward(
             d_out_AM,
@@ -131,7 +140,7 @@ class _Gradients:
             weights_A,
             plan.groups.ends_E,
             need_rows,
-            bool(self._needs.down_bias_EM),
+            self._needs.down_bias,
         )
         self._bias_parts.append((d_gate_up_bias, d_down_bias))
         d_rows_AM = self._d_rows(d_gate_up_A2I, half, need_rows=need_rows)
@@ -179,14 +188,14 @@ class _Gradients:
         groups = layer.plan.groups
         rows_AM = self._arrived[:, : layer.model_size]
         d_gate_up = d_gate_up_bias = d_down = d_down_bias = None
-        if self._needs.down_EIM:
+        if self._needs.down:
             d_down = outer(self._weighted_AI, self.d_out_AM, groups, grouped=layer.grouped)
-        if self._needs.gate_up_EM2I:
+        if self._needs.gate_up:
             d_gate_up = outer(rows_AM, self._d_gate_up_A2I, groups, grouped=layer.grouped)
         gate_up_parts, down_parts = zip(*self._bias_parts, strict=True)
-        if self._needs.gate_up_bias_E2I:
+        if self._needs.gate_up_bias:
             d_gate_up_bias = torch.cat(gate_up_parts)
-        if self._needs.down_bias_EM:
+        if self._needs.down_bias:
             d_down_bias = torch.cat(down_parts)
         return d_gate_up, d_gate_up_bias, d_down, d_down_bias, *self._of_adapters(rows_AM)
 
