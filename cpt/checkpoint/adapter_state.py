@@ -249,14 +249,22 @@ class AdapterState:
             )
         return problems
 
-    def base_problems(self, now: AdapterBase, checkpoint: str) -> list[str]:
-        """Return a problem if a base is not the one below this adapter."""
+    def base_problems(
+        self, now: AdapterBase, checkpoint: str, *, given_as: str = "as model.path"
+    ) -> list[str]:
+        """Return a problem if a base is not the one below this adapter.
+
+        Args:
+            now: The base of the run, or of the command.
+            checkpoint: Name of the checkpoint.
+            given_as: How a person names another one, for the message.
+        """
         if now.is_known_as(self.base.hash, self.base.sums):
             return []
         return [
             f"{checkpoint} is an adapter of another base: that of {self.base.name} has the hash "
-            f"{self.base.told}, {now.name} has {now.told}. Give the base that it was trained on as "
-            "model.path."
+            f"{self.base.told}, {now.name} has {now.told}. Give the base that it was trained on "
+            f"{given_as}."
         ]
 
 
@@ -341,7 +349,7 @@ def base_from(
                 "Give its directory with --base."
             )
     base = AdapterBase.of(path, told.seed or 0, config, option="--base")
-    problems = state.base_problems(base, where)
+    problems = state.base_problems(base, where, given_as="with --base")
     if problems:
-        raise ConfigError([problem.replace("as model.path", "with --base") for problem in problems])
+        raise ConfigError(problems)
     return base
