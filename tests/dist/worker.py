@@ -224,9 +224,10 @@ def fill_adapters(engine: TrainingEngine, config: RunConfig, of_model: GptOssCon
 def held(parameter: Any) -> torch.Tensor:
     """Return what this rank holds of a parameter between steps."""
     partition = getattr(parameter, "ds_tensor", None)
-    if partition is None:
-        return parameter.data  # type: ignore[no-any-return]
-    return partition.data[: partition.ds_numel]  # type: ignore[no-any-return]
+    values: torch.Tensor = parameter.data
+    if partition is not None:
+        values = partition.data[: partition.ds_numel]
+    return values
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> str:
