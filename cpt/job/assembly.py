@@ -74,14 +74,6 @@ def assemble(context: RunContext) -> Job:
     fault_point("load", 0)
     adapter = adapter_of_run(context)
     loaded = load_newest(context, engine)
-    guard = make_guard(context, data)
-    begins = loaded is None or loaded.state.begins_a_run
-    if begins or adapter is not None:  # no checkpoint holds what lies below an adapter
-        if begins and guard is not None:
-            keep_baseline_model(context, engine, guard)
-        if config.model.verify_checksums:
-            verify_checksums(source, context.topology)
-        fill_weights(engine, source, below_adapter=not begins)
     if loaded is not None:
         refuse_other_adapter(
             loaded.state,
@@ -92,9 +84,17 @@ def assemble(context: RunContext) -> Job:
         )
         if adapter is not None:
             refuse_other_base(loaded.state, loaded.folder.name, adapter.base)
-        if begins:  # what was imported takes the place of the first values
-            loaded = load_newest(context, engine)
-            assert loaded is not None
+    guard = make_guard(context, data)
+    begins = loaded is None or loaded.state.begins_a_run
+    if begins or adapter is not None:  # no checkpoint holds what lies below an adapter
+        if begins and guard is not None:
+            keep_baseline_model(context, engine, guard)
+        if config.model.verify_checksums:
+            verify_checksums(source, context.topology)
+        fill_weights(engine, source, below_adapter=not begins)
+    if loaded is not None and begins:  # what was imported takes the place of the first values
+        loaded = load_newest(context, engine)
+        assert loaded is not None
     if config.telemetry.router_interval_steps:
         watch_drift(engine, context.run_dir, untouched=begins)
     start = beginning(context, data, loaded)
