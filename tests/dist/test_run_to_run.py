@@ -11,7 +11,7 @@ import yaml
 
 from cpt.checkpoint.lineage import LINEAGE_FILE
 from cpt.checkpoint.reader import step_folder
-from cpt.export.run_export import export_run
+from cpt.export.run_export import ExportForm, export_run
 from cpt.telemetry.metrics import read_events
 from tests.support.launcher import ROOT, free_port, rank_environment
 from tests.support.launcher import start as start_ranks
@@ -94,7 +94,8 @@ def test_baseline_is_that_of_the_model_that_the_guard_names(workplace: Path) -> 
 
 def test_export_says_what_the_model_came_from(workplace: Path, tmp_path: Path) -> None:
     out = tmp_path / "export"
-    export_run(workplace / "tuned", step_folder(workplace / "tuned", 1), out, "bf16")
+    form = ExportForm(format_name="bf16")
+    export_run(workplace / "tuned", step_folder(workplace / "tuned", 1), out, form)
     models = json.loads((out / LINEAGE_FILE).read_text())["models"]
     assert [one["name"] for one in models] == ["random weights (tiny)", "pretrained", "tuned"]
     assert [one.get("steps") for one in models] == [None, 2, 1]
