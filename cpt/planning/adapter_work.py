@@ -11,12 +11,13 @@ The last two are counted from shapes and were not measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
-from cpt.model.adapters.layout import adapted_matrices
+from cpt.model.adapters.layout import AdaptedMatrix
 from cpt.model.experts.packed import packed_bytes
 from cpt.planning.step_work import Share, Work
 
@@ -51,19 +52,25 @@ class AdapterWork:
     """Bytes of a number in the working precision."""
 
     @classmethod
-    def of(cls, config: RunConfig, model: GptOssConfig, packed: int) -> AdapterWork | None:
+    def of(
+        cls,
+        config: RunConfig,
+        model: GptOssConfig,
+        matrices: Sequence[AdaptedMatrix],
+        packed: int,
+    ) -> AdapterWork | None:
         """Return the work of a run's adapters; None without adapters.
 
         Args:
             config: The run.
             model: Sizes of the model.
+            matrices: The matrices that have an adapter.
             packed: Packed weights of the whole model.
         """
-        if not config.adapter.is_on:
+        if not matrices:
             return None
         values = dict.fromkeys(LAUNCHES, 0.0)
         flops = dict.fromkeys(LAUNCHES, 0.0)
-        matrices = adapted_matrices(config.adapter, model)
         for matrix in matrices:
             rows = model.num_experts_per_tok if matrix.of_experts else 1
             # A reads what goes in; B writes its part, which is added to what comes out

@@ -181,7 +181,7 @@ def _part_seconds(
         _held(config, counts),
         passes,
         gpu.attainable(),
-        AdapterWork.of(config, model, counts.packed),
+        AdapterWork.of(config, model, counts.adapted, counts.packed),
     )
     return {part: micro_steps * seconds for part, seconds in once.items()}
 

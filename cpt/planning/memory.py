@@ -16,7 +16,12 @@ from transformers import GptOssConfig
 
 from cpt.config import RunConfig, RunYaml
 from cpt.config.adapter_section import AdapterSection
-from cpt.model.adapters.layout import is_adapter_name, shapes_with_adapters
+from cpt.model.adapters.layout import (
+    AdaptedMatrix,
+    adapted_matrices,
+    is_adapter_name,
+    shapes_with_adapters,
+)
 from cpt.model.experts.packed import packed_bytes
 from cpt.model.freezing import frozen_names
 from cpt.model.weights.hf_layout import is_expert_matrix, is_expert_name
@@ -60,6 +65,8 @@ class ParameterCounts:
     """The sizes of the matrices among `trained_experts`, in the model's order."""
     packed: int = 0
     """Weights of experts that stay in 4 bits. They are no parameters, and not among `experts`."""
+    adapted: tuple[AdaptedMatrix, ...] = ()
+    """The matrices that have an adapter."""
 
 
 def counts_of(run: RunYaml | RunConfig, model: GptOssConfig) -> ParameterCounts:
@@ -95,6 +102,7 @@ def count_parameters(
         dense_matrices=tuple(matrices["dense"]),
         expert_matrices=tuple(matrices["experts"]),
         packed=packed,
+        adapted=tuple(adapted_matrices(adapter, model)),
     )
 
 
@@ -136,7 +144,7 @@ def device_memory(
     config: RunConfig, model: GptOssConfig, counts: ParameterCounts, device_type: str = "cuda"
 ) -> dict[str, int]:
     """Return the bytes on the device of one rank, by part; offloaded parts are 0."""
-    sizes = StepSizes.of(config, model, device_type)
+    sizes = StepSizes.of(config, model, counts.adapted, device_type)
     gradients = _device_gradients(config, counts)
     moments = step_moments(sizes)
     for name, moment in moments.items():

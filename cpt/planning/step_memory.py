@@ -24,13 +24,14 @@ fragmentation and library workspaces are not included.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
 from cpt.config.window import window_tokens
-from cpt.model.adapters.layout import AdaptedMatrix, adapted_matrices
+from cpt.model.adapters.layout import AdaptedMatrix
 from cpt.model.attention.cpu import BACKWARD_BLOCK_ROWS, FORWARD_BLOCK_ROWS, block_tokens
 from cpt.model.attention.function import PIECE_ELEMENTS_CPU, PIECE_ELEMENTS_GPU
 from cpt.model.experts.grouped import ALIGNMENT_BYTES
@@ -67,10 +68,10 @@ class AdapterSizes:
     """The first layer that has any; those before it keep nothing for a backward."""
 
     @classmethod
-    def of(cls, config: RunConfig, model: GptOssConfig) -> AdapterSizes:
-        """Return the sizes of the adapters of a run; all are 0 without adapters."""
+    def of(cls, adapted: Iterable[AdaptedMatrix], ep_size: int) -> AdapterSizes:
+        """Return the sizes of the adapters beside some matrices; all are 0 without any."""
         by_layer: dict[int, list[AdaptedMatrix]] = {}
-        for matrix in adapted_matrices(config.adapter, model):
+        for matrix in adapted:
             by_layer.setdefault(matrix.layer, []).append(matrix)
         most = max(by_layer.values(), key=len, default=[])
         numels = {"attention": 0, "gate_up": 0, "down": 0}
@@ -83,7 +84,7 @@ class AdapterSizes:
                 scaled += matrix.out_size if matrix.has_magnitude else 0
                 continue
             if matrix.num_experts is not None:
-                numel //= config.ep_size
+                numel //= ep_size
             numels["gate_up" if "gate_up" in matrix.name else "down"] += numel
             expert_rank = max(expert_rank, matrix.rank)
         return cls(
@@ -126,8 +127,14 @@ class StepSizes:
     """The adapters of a layer."""
 
     @classmethod
-    def of(cls, config: RunConfig, model: GptOssConfig, device_type: str) -> StepSizes:
-        """Return the sizes of a layout."""
+    def of(
+        cls,
+        config: RunConfig,
+        model: GptOssConfig,
+        adapted: Iterable[AdaptedMatrix],
+        device_type: str,
+    ) -> StepSizes:
+        """Return the sizes of a layout, with adapters beside some matrices."""
         hidden = model.hidden_size
         query = model.num_attention_heads * model.head_dim
         key = model.num_key_value_heads * model.head_dim
@@ -143,7 +150,7 @@ class StepSizes:
             experts=model.num_local_experts // config.ep_size * expert,
             query=query,
             key=key,
-            adapters=AdapterSizes.of(config, model),
+            adapters=AdapterSizes.of(adapted, config.ep_size),
         )
 
     @property
