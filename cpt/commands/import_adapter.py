@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cpt.commands import Commands
 from cpt.commands.early_checks import file_problems, folder_problems, refuse
+from cpt.commands.shared_options import add_overrides, overrides_of
 from data_pipeline.console.say import say
 
 
@@ -17,20 +18,19 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("adapter", type=Path, help="directory that PEFT's save_pretrained wrote")
     parser.add_argument("--config", type=Path, required=True, help="run YAML, with its adapter")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value"
-    )
+    add_overrides(parser)
     parser.add_argument("--run_dir", type=Path, required=True, help="new run directory")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
     refuse(folder_problems("ADAPTER", options.adapter), file_problems("--config", options.config))
+    overrides = overrides_of(options)
     from cpt.checkpoint.starting_model import located, starting_config
     from cpt.config import load_run_yaml
     from cpt.export.adapter_import import ImportRequest, import_adapter
 
-    run = load_run_yaml(options.config, dict(item.split("=", 1) for item in options.set))
+    run = load_run_yaml(options.config, overrides)
     base = None if run.model.path is None else located(run.model.path)
     request = ImportRequest(
         source=options.adapter,

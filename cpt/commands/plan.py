@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from cpt.commands.shared_options import add_overrides
 from cpt.errors import ConfigError
 from data_pipeline.console.say import say
 
@@ -60,9 +61,7 @@ def add_parser(commands: Commands) -> None:
 def _add_hardware_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="run YAML")
     parser.add_argument("--ds_config", type=Path, help="DeepSpeed JSON")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value"
-    )
+    add_overrides(parser)
     parser.add_argument("--gpus", type=int, nargs="+", metavar="N", help="ranks of the run")
     _add_node_options(parser)
     parser.add_argument(

@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import GptOssConfig
 
 from cpt.checkpoint.starting_model import located, starting_config
+from cpt.commands.shared_options import overrides_of
 from cpt.config import LaunchInfo, RunYaml, files_of_stage, load, resolve
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
@@ -70,8 +71,7 @@ def plan(options: argparse.Namespace) -> None:
     assumed = assumptions(options)
     gpu = gpu_in_node(options)
     assumed = replace(assumed, ranks_per_node=gpu.ranks_per_node)
-    overrides = dict(map(_key_and_value, options.set))
-    run, ds_json = load(options.config, options.ds_config, overrides)
+    run, ds_json = load(options.config, options.ds_config, overrides_of(options))
     if not run.stages or options.seq_len:
         _plan_rows(_Planner(run, ds_json, options.batch_tokens, gpu, assumed), options)
     elif options.plot:
@@ -151,13 +151,6 @@ def gpu_in_node(options: argparse.Namespace) -> Gpu:
     if options.host_memory_gb is None:
         return gpu
     return replace(gpu, host_memory_bytes=options.host_memory_gb * 1e9 / ranks)
-
-
-def _key_and_value(item: str) -> tuple[str, str]:
-    key, separator, value = item.partition("=")
-    if not separator:
-        raise ConfigError(f"--set {item} has no '='. Write --set section.key=value.")
-    return key, value
 
 
 class _Planner:

@@ -6,15 +6,14 @@ import argparse
 from pathlib import Path
 
 from cpt.commands.project_files import project_files
+from cpt.commands.shared_options import add_overrides
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a run."""
     parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON")
     parser.add_argument("--config", type=Path, default=default_config(), help="run YAML")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value"
-    )
+    add_overrides(parser)
     parser.add_argument("--run_dir", type=Path, help="default: runs/<name of the run YAML>")
     parser.add_argument("--resume", default="auto", help="auto, never, or a step")
     parser.add_argument(

@@ -15,6 +15,28 @@ if TYPE_CHECKING:
     from cpt.training.sampling_settings import Sampling
 
 
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add `--set`, which overrides values of the run YAML."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value"
+    )
+
+
+def overrides_of(options: argparse.Namespace) -> dict[str, str]:
+    """Return the values of `--set` by key.
+
+    Raises:
+        ConfigError: one of them has no '='.
+    """
+    overrides = {}
+    for item in options.set:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {item} has no '='. Write --set section.key=value.")
+        overrides[key] = value
+    return overrides
+
+
 def add_step(parser: argparse.ArgumentParser) -> None:
     """Add `--step`, the number of a checkpoint."""
     parser.add_argument("--step", type=int, help="default: the newest complete checkpoint")

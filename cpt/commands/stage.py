@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt.commands import Commands
+from cpt.commands.shared_options import add_overrides, overrides_of
 from cpt.errors import CptError
 from data_pipeline.console.say import say
 
@@ -25,9 +26,7 @@ def add_parser(commands: Commands) -> None:
         "stage", help="copy build and weights of a run to a disk of this node (job templates do)"
     )
     parser.add_argument("--config", type=Path, required=True, help="run YAML")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value"
-    )
+    add_overrides(parser)
     parser.add_argument("--run_dir", type=Path, required=True, help="run directory")
     parser.add_argument("--to", type=Path, required=True, help="folder on a disk of this node")
     parser.set_defaults(run=_run)
@@ -38,11 +37,12 @@ def _run(options: argparse.Namespace) -> None:
 
     What cannot be copied is told and left out.
     """
+    overrides = overrides_of(options)
     from cpt.checkpoint.reader import list_steps
     from cpt.config import readable_parts
     from cpt.storage.local_copies import alone_in
 
-    parts = readable_parts(options.config, dict(item.split("=", 1) for item in options.set))
+    parts = readable_parts(options.config, overrides)
     staged: dict[str, str] = {}
 
     def attempt(stage_input: Callable[[], tuple[Path, Path] | None]) -> None:

@@ -24,6 +24,14 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "export-out": (["export", "--run_dir", "HERE", "--out", "HERE"], "is not overwritten"),
     "export-format": (["export", "--run_dir", "HERE", "--out", "x", "--format", "int4"], "int4"),
     "export-base": (["export", "--run_dir", "HERE", "--out", "x", "--base", "no"], "--base: no"),
+    "import_adapter-set": (
+        ["import-adapter", "HERE", "--config", "tasks.yaml", "--run_dir", "x", "--set", "nonsense"],
+        "--set nonsense has no '='",
+    ),
+    "stage-set": (
+        ["stage", "--config", "tasks.yaml", "--run_dir", "x", "--to", "x", "--set", "nonsense"],
+        "--set nonsense has no '='",
+    ),
     "merge-base": (["merge", "--base", "no", "--tuned", "HERE", "--out", "x"], "--base"),
     "merge-score": (
         ["merge", "--base", "HERE", "--tuned", "HERE", "--out", "x", "--score_only"],
