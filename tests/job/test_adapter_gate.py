@@ -14,24 +14,12 @@ from cpt.checkpoint.adapter_state import AdapterBase
 from cpt.checkpoint.manifest import read_manifest, write_manifest
 from cpt.config.adapter_section import AdapterSection
 from cpt.model.configuration import load_config
-from data_pipeline.build.build import build
-from data_pipeline.config.mix_file import load_mix
-from tests.job.test_gate import DryRun, dry_run, write_mix, write_run, write_weights
+from tests.job.test_gate import DryRun, dry_run, workplace
 from tests.support.adapters import write_adapter
 
-__all__ = ["dry_run"]
+__all__ = ["dry_run", "workplace"]
 SECTION = AdapterSection(kind="lora", rank=8, alpha=4.0)
 SETTINGS = ("adapter.kind=lora", "adapter.rank=8", "adapter.alpha=4.0", "guard.enabled=false")
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights, a built mix, and a run YAML that fit together."""
-    folder = tmp_path_factory.mktemp("adapter-gate")
-    write_weights(folder / "weights")
-    build(load_mix(write_mix(folder)), folder / "built")
-    write_run(folder)
-    return folder
 
 
 @pytest.fixture

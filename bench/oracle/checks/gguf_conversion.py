@@ -6,7 +6,6 @@ library.  No program of llama.cpp runs the file here.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +59,7 @@ def converted(folder: Path, name: str) -> Path:
     script = convert_hf_to_gguf.__file__
     command = [sys.executable, script, str(folder / name), "--outfile", str(out)]
     command += ["--outtype", "bf16"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
