@@ -139,38 +139,52 @@ def _write_tensors(
         writer.close()
 
 
-def vllm_notes(section_matrices: Sequence[AdaptedMatrix]) -> list[str]:
+def vllm_notes(matrices: Sequence[AdaptedMatrix]) -> list[str]:
     """Return what vLLM does not take of an adapter, or needs to be told; what to do stands in each.
 
     Read in the sources of vLLM 0.18 to 0.26; not run here.
     """
-    notes = []
-    if any(matrix.has_magnitude for matrix in section_matrices):
-        notes.append(
+    obstacles = _vllm_obstacles(matrices)
+    rank = _largest_rank(matrices)
+    if obstacles or rank <= VLLM_DEFAULT_RANK:
+        return obstacles
+    return [
+        f"vLLM takes ranks up to {VLLM_DEFAULT_RANK} unless told: this adapter has {rank}, so "
+        f"start it with --max-lora-rank {_vllm_rank(rank)}."
+    ]
+
+
+def _vllm_obstacles(matrices: Sequence[AdaptedMatrix]) -> list[str]:
+    """Return why vLLM cannot serve an adapter beside its base; none if it can."""
+    found = []
+    if any(matrix.has_magnitude for matrix in matrices):
+        found.append(
             "vLLM does not load DoRA. Serve the merged model: cpt export --format bf16, or mxfp4."
         )
-    alone = _experts_without_partner(section_matrices)
+    alone = _experts_without_partner(matrices)
     if alone:
-        notes.append(
+        found.append(
             f"vLLM wants adapters on both matrices of the experts of a layer or on neither; "
             f"{alone[0]} has one and its partner has none"
             + (f" (as {len(alone) - 1} more)" if len(alone) > 1 else "")
             + ". Train with adapter.targets that name experts, or serve the merged model."
         )
-    rank = max(matrix.rank for matrix in section_matrices)
-    if not notes and rank > VLLM_DEFAULT_RANK:
-        fitting = [size for size in VLLM_RANKS if size >= rank]
-        if fitting:
-            notes.append(
-                f"vLLM takes ranks up to {VLLM_DEFAULT_RANK} unless told: this adapter has "
-                f"{rank}, so start it with --max-lora-rank {fitting[0]}."
-            )
-        else:
-            notes.append(
-                f"vLLM takes ranks up to {VLLM_RANKS[-1]}, this adapter has {rank}. Serve the "
-                "merged model: cpt export --format bf16, or mxfp4."
-            )
-    return notes
+    rank = _largest_rank(matrices)
+    if not found and rank > VLLM_RANKS[-1]:
+        found.append(
+            f"vLLM takes ranks up to {VLLM_RANKS[-1]}, this adapter has {rank}. Serve the merged "
+            "model: cpt export --format bf16, or mxfp4."
+        )
+    return found
+
+
+def _largest_rank(matrices: Sequence[AdaptedMatrix]) -> int:
+    return max(matrix.rank for matrix in matrices)
+
+
+def _vllm_rank(rank: int) -> int:
+    """Return the smallest value of `--max-lora-rank` for a rank."""
+    return next(size for size in VLLM_RANKS if size >= rank)
 
 
 def _experts_without_partner(matrices: Sequence[AdaptedMatrix]) -> list[str]:
@@ -226,10 +240,6 @@ def serving_section(manifest: Manifest, state: AdapterState) -> str:
     name = _loadable_name(state.base)
     base = name or "BASE"
     is_packed = is_over_mxfp4(state)
-    notes = vllm_notes(matrices)
-    blocked = [note for note in notes if "merged model" in note]
-    rank = max(matrix.rank for matrix in matrices)
-    flag = next((size for size in VLLM_RANKS if size >= rank), rank)
     lines = ["## Loading", ""]
     if name is None:
         lines += [_what_base_is(state), ""]
@@ -246,7 +256,8 @@ def serving_section(manifest: Manifest, state: AdapterState) -> str:
         "It turns a bf16 adapter into fp32 unless `autocast_adapter_dtype=False` is given.",
         "",
     ]
-    if not blocked:
+    if not _vllm_obstacles(matrices):
+        flag = _vllm_rank(_largest_rank(matrices))
         over = "the same base"
         if is_packed:
             over = "the MXFP4 weights that it was trained on, without rounding anything again"
@@ -259,7 +270,7 @@ def serving_section(manifest: Manifest, state: AdapterState) -> str:
             "```",
             "",
         ]
-    for note in notes:
+    for note in vllm_notes(matrices):
         lines.append(f"- {note}")
     return "\n".join(lines).rstrip()
 
