@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-_STEP_FOLDER = re.compile(r"step-(\d{8})")
+from cpt.model.missing_model import run_of
 
 
 def model_label(path: str) -> str:
@@ -14,8 +13,8 @@ def model_label(path: str) -> str:
     Args:
         path: `model.path` or `guard.baseline_model` of a resolved configuration.
     """
-    parts = Path(path).parts
-    match = _STEP_FOLDER.fullmatch(parts[-1]) if parts else None
-    if match and len(parts) > 2 and parts[-2] == "checkpoints":
-        return f"{parts[-3]}@{int(match.group(1))}"
-    return Path(path).name
+    name = Path(path).name
+    run_dir = run_of(Path(path))
+    if run_dir is None:
+        return name
+    return f"{run_dir.name}@{int(name.removeprefix('step-'))}"
