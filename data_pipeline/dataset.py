@@ -321,9 +321,7 @@ class BuiltData:
                 self._stages[number].append(_Rows(folder / split, shards, seq_len, files))
             rows = _HeldOutRows(folder / "held_out", shards, self.seq_len, files)
             held_out[source.name] = rows
-        self._train = self._stages[0]
-        self._row_tokens = [rows.files.row_tokens() for rows in self._train]
-        self._row_slots = [rows.files.row_slots() for rows in self._train]
+        self._use_rows(self._stages[0])
         self.held_out = tuple(
             HeldOutSet(domain, [held_out[name] for name in domain.sources])
             for domain in manifest.guard_domains
@@ -377,10 +375,17 @@ class BuiltData:
         other = copy.copy(self)
         other.stage = number
         other.seq_len = self.manifest.row_lengths[number]
-        other._train = self._stages[number]
-        other._row_tokens = [rows.files.row_tokens() for rows in other._train]
-        other._row_slots = [rows.files.row_slots() for rows in other._train]
+        other._use_rows(self._stages[number])
         return other
+
+    def _use_rows(self, train: list[_Rows]) -> None:
+        """Take the training rows of a stage, by source."""
+        self._train = train
+        self._row_tokens = [rows.files.row_tokens() for rows in train]
+        self._row_slots = []
+        for rows, tokens in zip(train, self._row_tokens, strict=True):
+            # without masks they are the same, and not read a second time
+            self._row_slots.append(rows.files.row_slots() if rows.files.has_loss else tokens)
 
     def train_entry(self, source: int) -> SourceEntry | StageEntry:
         """Return what the manifest says of the training rows of a source, in this stage."""
