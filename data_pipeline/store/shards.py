@@ -31,7 +31,7 @@ import functools
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -504,22 +504,25 @@ class Shards:
     @functools.cached_property
     def document_bytes(self) -> Integers:
         """UTF-8 bytes of each document, [num_documents]; reads all of them."""
-        parts = []
-        for number, path in enumerate(self._paths):
-            layout = self._layout(number)
-            content = self._files.read(path, 8 * layout.num_documents, layout.bytes_at)
-            parts.append(np.frombuffer(content, "<i8"))
-        return np.concatenate(parts)
+        return self._sizes(lambda layout: layout.bytes_at)
 
     @functools.cached_property
     def learned_bytes(self) -> Integers:
         """UTF-8 bytes of what is learned of each document, [num_documents]: all without a mask."""
         if not self.has_loss:
             return self.document_bytes
+        return self._sizes(lambda layout: layout.learned_bytes_at)
+
+    def _sizes(self, position_in: Callable[[ShardLayout], int]) -> Integers:
+        """Return a number of each document, [num_documents]; reads all of them.
+
+        Args:
+            position_in: Returns where the numbers of a shard begin in its file.
+        """
         parts = []
         for number, path in enumerate(self._paths):
             layout = self._layout(number)
-            content = self._files.read(path, 8 * layout.num_documents, layout.learned_bytes_at)
+            content = self._files.read(path, 8 * layout.num_documents, position_in(layout))
             parts.append(np.frombuffer(content, "<i8"))
         return np.concatenate(parts)
 
