@@ -137,13 +137,8 @@ def read_build_texts(source: SourceConfig, start: int, stop: int) -> Iterator[by
 
     Segments are counted through all sources that are taken from the build.
     """
-    num_before = 0
-    for built in _built_sources(source):
-        first = max(start - num_before, 0)
-        last = max(stop - num_before, 0)
-        for number in range(first, min(last, len(built.train))):
-            yield _segment_text(built, number)
-        num_before += len(built.train)
+    for built, number in _segments_between(_built_sources(source), start, stop):
+        yield _segment_text(built, number)
 
 
 def holds_conversations(source: SourceConfig) -> bool:
@@ -166,12 +161,20 @@ def read_build_conversations(
     """
     sources = _built_sources(source)
     has_loss = any(built.shards.has_loss for built in sources)
+    for built, number in _segments_between(sources, start, stop):
+        yield _stored_conversation(built, number, has_loss)
+
+
+def _segments_between(
+    sources: Sequence[_BuiltSource], start: int, stop: int
+) -> Iterator[tuple[_BuiltSource, int]]:
+    """Yield source and number of the segments [start, stop), counted through all sources."""
     num_before = 0
     for built in sources:
         first = max(start - num_before, 0)
-        last = min(max(stop - num_before, 0), len(built.train))
-        for number in range(first, last):
-            yield _stored_conversation(built, number, has_loss)
+        last = max(stop - num_before, 0)
+        for number in range(first, min(last, len(built.train))):
+            yield built, number
         num_before += len(built.train)
 
 
