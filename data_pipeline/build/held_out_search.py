@@ -65,7 +65,7 @@ from data_pipeline.store.files import atomic_write, cached_per_file, make_folder
 from data_pipeline.store.manifest import StockText
 from data_pipeline.store.packing import Integers, Segments
 from data_pipeline.store.shards import Shard
-from data_pipeline.text.harmony import body, last_turn
+from data_pipeline.text.harmony import own_tokens
 from data_pipeline.text.tokenizer import Tokens
 
 _FOLDER = "held_out"
@@ -163,7 +163,7 @@ def _held_out_texts(source: DecidedSource) -> list[Tokens]:
     for number in source.fates.held_out.tolist():
         text, loss = shards.tokens_and_loss(number, 0, int(shards.document_tokens[number]) - 1)
         if shards.chat:
-            text = body(text) if loss is None else last_turn(text)
+            text = own_tokens(text, has_mask=loss is not None)
         texts.append(text)
     return texts
 

@@ -52,7 +52,7 @@ from data_pipeline.store.packing import ARRAY_ERRORS, why_no_array
 from data_pipeline.store.provenance import Places
 from data_pipeline.store.shards import SUFFIX, LossMask, write_shard
 from data_pipeline.text.cleaning import Tally
-from data_pipeline.text.harmony import body, last_turn
+from data_pipeline.text.harmony import own_tokens
 from data_pipeline.text.tokenizer import Tokens
 
 VERSION = 1
@@ -384,17 +384,6 @@ def _within_limits(
             yield encoded
 
 
-def _compared(document: Document, tokens: Tokens, loss: LossMask | None) -> Tokens:
-    """Return the tokens by which a document is told from near copies of it.
-
-    What many conversations begin with makes none of them a copy: the system message; and where only
-    a turn is learned, the tools, the instructions and the history.
-    """
-    if not document.is_conversation:
-        return tokens
-    return body(tokens) if loss is None else last_turn(tokens)
-
-
 def _halves(high: array.array[int], low: array.array[int]) -> Hashes:
     hashes = np.empty(len(high), HASH_DTYPE)
     hashes["high"] = high
@@ -466,7 +455,10 @@ class _DocumentFacts:
             self._tokens_of_seen.clear()
         self._tokens_of_seen[_identity(document)] = num_tokens
         if self._need_signatures:
-            self._waiting.append(_compared(document, tokens, loss))
+            own = tokens
+            if document.is_conversation:
+                own = own_tokens(tokens, has_mask=loss is not None)
+            self._waiting.append(own)
             self._num_waiting_tokens += len(tokens)
             if self._num_waiting_tokens >= SIGNATURE_TOKENS:
                 self._sign()

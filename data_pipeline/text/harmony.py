@@ -290,6 +290,19 @@ def last_turn(tokens: Tokens) -> Tokens:
     return tokens[int(starts[max(first_reply - 1, 0)]) :]
 
 
+def own_tokens(tokens: Tokens, *, has_mask: bool) -> Tokens:
+    """Return what tells a conversation from others: copies of it are looked for by that.
+
+    What many conversations begin with is no part of it: the system message; and where only a turn
+    is learned, the tools, the instructions and the history.
+
+    Args:
+        tokens: Tokens of the conversation.
+        has_mask: Whether it has a loss mask, so that only a turn is learned.
+    """
+    return last_turn(tokens) if has_mask else body(tokens)
+
+
 def encode_prompt(
     user: str, *, developer: str | None, effort: Effort, date: datetime.date
 ) -> list[int]:
