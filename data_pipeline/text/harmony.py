@@ -203,16 +203,10 @@ class Conversation:
             in_run = is_own and not message.is_call
 
     def _by_turn(self) -> Iterator[tuple[Message, bool]]:
-        """Yield the messages, and whether each is in the last turn.
-
-        A turn ends with an answer. The last one may be under way: it may end with a call.
-        """
-        begin = 0
-        for number, message in enumerate(self.messages[:-1], 1):
-            if message.is_answer:
-                begin = number
+        """Yield the messages, and whether each is in the last turn."""
+        last_turn = self.turns()[-1]
         for number, message in enumerate(self.messages):
-            yield message, number >= begin
+            yield message, number in last_turn
 
     def learned_messages(self) -> list[Message]:
         """Return the messages whose contents `learned` marks."""
@@ -233,7 +227,7 @@ class Conversation:
     def turns(self) -> list[range]:
         """Return which messages each turn has, by their numbers.
 
-        A turn ends with an answer. The last one may end with a call.
+        A turn ends with an answer. The last one may be under way: it may end with a call.
         """
         found = []
         begin = 0
