@@ -117,14 +117,19 @@ def keys_read(record: Record, shape: Shape, template: str | None) -> set[str]:
     if shape == "sharegpt":
         return {*RECORD_KEYS, *_SHAREGPT_KEYS}
     if shape == "alpaca":
-        fields = _alpaca_fields(template)
-        outer = [field.partition(".")[0] for field in fields]
-        return {*RECORD_KEYS, *fields, *outer, *_ALPACA_KEYS}
+        return {*RECORD_KEYS, *_alpaca_keys(template)}
     return set(RECORD_KEYS)
 
 
 def _alpaca_fields(template: str | None) -> tuple[str, ...]:
     return _ALPACA_TEXTS if template is None else template_fields(template)
+
+
+def _alpaca_keys(template: str | None) -> set[str]:
+    """Return the keys that only this shape has, those that lead into other fields included."""
+    fields = _alpaca_fields(template)
+    outer = [field.partition(".")[0] for field in fields]
+    return {*fields, *outer, *_ALPACA_KEYS}
 
 
 def _from_openai(record: Record, ignored_keys: Sequence[str]) -> Record:
@@ -229,9 +234,7 @@ def _joined(preamble: Record, call: Record) -> Record:
 
 
 def _from_alpaca(record: Record, template: str | None) -> Record:
-    fields = _alpaca_fields(template)
-    outer = [field.partition(".")[0] for field in fields]
-    refuse_unknown_keys(record, {*_COMMON_KEYS, *_ALPACA_KEYS, *fields, *outer}, "record")
+    refuse_unknown_keys(record, {*_COMMON_KEYS, *_alpaca_keys(template)}, "record")
     messages = _instructions_of(record)
     history = record.get("history") or []
     if not isinstance(history, list):
@@ -241,14 +244,14 @@ def _from_alpaca(record: Record, template: str | None) -> Record:
             raise UnusableRecordError("'history' that is not of pairs")
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})
-    messages.append({"role": "user", "content": _alpaca_question(record, fields, template)})
+    messages.append({"role": "user", "content": _alpaca_question(record, template)})
     messages.append({"role": "assistant", "content": record.get("output")})
     return {**_common(record), "messages": messages}
 
 
-def _alpaca_question(record: Record, fields: Sequence[str], template: str | None) -> str:
+def _alpaca_question(record: Record, template: str | None) -> str:
     texts: dict[str, str] = {}
-    for field in fields:
+    for field in _alpaca_fields(template):
         value = find_field(record, field)
         if template is None and field == "input" and (value is ABSENT or is_blank(value)):
             continue
