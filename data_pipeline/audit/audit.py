@@ -33,7 +33,7 @@ from data_pipeline.audit.shown_conversation import (
     tells_more,
 )
 from data_pipeline.build.document import Document
-from data_pipeline.build.sources import TOO_LONG, read_documents
+from data_pipeline.build.sources import read_documents, why_too_long
 from data_pipeline.build.units import split_into_units
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
@@ -171,7 +171,7 @@ class SourceAudit:
             return True
         tokens, learned = learned_tokens(document)
         if len(tokens) - 1 > seq_len:
-            self.rejects[f"{TOO_LONG} of {seq_len} tokens"] += 1
+            self.rejects[why_too_long(seq_len)] += 1
             return False
         self.tokens += len(encode(document.text))
         self.document_tokens += len(tokens)

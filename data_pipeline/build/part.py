@@ -42,7 +42,7 @@ from data_pipeline.build.document import Document
 from data_pipeline.build.input_files import InputFile, check_unchanged
 from data_pipeline.build.kept_fields import KeptWriter
 from data_pipeline.build.near_duplicates import NUM_HASHES, Signatures, minhash_signatures
-from data_pipeline.build.sources import TOO_LONG, read_documents
+from data_pipeline.build.sources import TOO_LONG, read_documents, why_too_long
 from data_pipeline.build.stored_rows import holds_turns
 from data_pipeline.build.units import Unit
 from data_pipeline.config.source_config import SourceConfig
@@ -360,7 +360,7 @@ def _encode(documents: Iterator[Document], seq_len: int, tally: Tally) -> Iterat
         loss = None if document.loss is None else document.loss()
         if document.is_conversation and len(tokens) - 1 > seq_len:
             assert document.place is not None, "a conversation comes from a record"
-            tally.withdraw(f"{TOO_LONG} of {seq_len} tokens", document.place)
+            tally.withdraw(why_too_long(seq_len), document.place)
         elif document.is_conversation and loss is not None and not loss[1:].any():
             assert document.place is not None, "a conversation comes from a record"
             tally.withdraw(NOTHING_LEARNED, document.place)

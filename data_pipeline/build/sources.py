@@ -110,6 +110,11 @@ def read_documents(
         raise unreadable(unit.paths[0] if unit.paths else source.name, error) from error
 
 
+def why_too_long(seq_len: int) -> str:
+    """Return the reason why a conversation that fits no row is left out."""
+    return f"{TOO_LONG} of {seq_len} tokens"
+
+
 def _located(
     document: Document,
     source: SourceConfig,
@@ -168,9 +173,9 @@ def _accept_conversations(
     if source.turns == "each" and reading.whole is not None:
         record_hash = hash_of(reading.whole.as_seen())
     for number, conversation in enumerate(reading.conversations()):
-        if source.turns == "each" and _outgrows(conversation, seq_len):
+        if source.turns == "each" and seq_len is not None and _outgrows(conversation, seq_len):
             for _ in reading.turns[number:]:
-                tally.reject(f"{TOO_LONG} of {seq_len} tokens", place)
+                tally.reject(why_too_long(seq_len), place)
             return
         tally.accepted += 1
         if source.loss == "all":
@@ -179,12 +184,12 @@ def _accept_conversations(
             yield Document.from_turn(conversation, record_hash, place)
 
 
-def _outgrows(conversation: Conversation, seq_len: int | None) -> bool:
+def _outgrows(conversation: Conversation, seq_len: int) -> bool:
     """Return whether neither this turn nor a later one of its record fits a row.
 
     It costs as much as to tokenize the turn, so it is asked of those that look too long.
     """
-    if seq_len is None or conversation.num_bytes <= _LONG_BYTES_PER_TOKEN * seq_len:
+    if conversation.num_bytes <= _LONG_BYTES_PER_TOKEN * seq_len:
         return False
     return conversation.num_lasting_tokens() > seq_len
 
