@@ -117,13 +117,7 @@ class HeldOutText(TextJudge):
     def keep_untouched(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> bool:
         """Measure the baseline; see `cpt.guard.yardstick.Yardstick.keep_untouched`."""
         self.open_untouched(0)
-        if self.baseline:
-            return True
-        baseline = self._measure_baseline(look, engine, stop)
-        if baseline is None:
-            return False
-        self.baseline = baseline
-        return True
+        return bool(self.baseline) or self._measure_baseline(look, engine, stop)
 
     def measure(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> Json | None:
         """Score the domains that have a baseline, all of them at step 0.
@@ -137,7 +131,7 @@ class HeldOutText(TextJudge):
         """
         self.open_untouched(look.step)
         if not self.baseline:
-            if not self.keep_untouched(look, engine, stop):
+            if not self._measure_baseline(look, engine, stop):
                 return None
             return {"nats": {name: one.panel.nats.tolist() for name, one in self.baseline.items()}}
         panels: dict[str, Floats] = {}
@@ -173,11 +167,11 @@ class HeldOutText(TextJudge):
 
     def _measure_baseline(
         self, look: Look, engine: TrainingEngine, stop: StopRequest | None
-    ) -> dict[str, DomainBaseline] | None:
+    ) -> bool:
         """Score the panels and all fresh documents of the run, and keep the baseline.
 
         Returns:
-            Baselines by domain; None if a stop was requested before every domain was scored.
+            False if a stop was requested before every domain was scored.
 
         Raises:
             ConfigError: its scores are not finite, or its documents cannot show a loss of the
@@ -186,7 +180,7 @@ class HeldOutText(TextJudge):
         baselines: dict[str, DomainBaseline] = {}
         for name, domain in self._data.items():
             if baselines and self._is_stopped(stop):
-                return None
+                return False
             drawing = draw(
                 look.settings, name, domain.document_clusters, look.num_looks, look.num_domains
             )
@@ -194,7 +188,7 @@ class HeldOutText(TextJudge):
             panel = self._domain_score(name, drawing.panel, engine)
             fresh = self._score_in_blocks(name, drawing.fresh, engine, stop)
             if fresh is None:
-                return None
+                return False
             baselines[name] = DomainBaseline(
                 panel=panel,
                 clusters=domain.document_clusters[drawing.panel],
@@ -202,7 +196,8 @@ class HeldOutText(TextJudge):
                 fresh_per_look=drawing.fresh_per_look,
             )
         self._keep_baseline(look, baselines)
-        return baselines
+        self.baseline = baselines
+        return True
 
     def _keep_baseline(self, look: Look, baselines: Mapping[str, DomainBaseline]) -> None:
         """Write the baseline, unless nothing can be told from it."""
