@@ -97,15 +97,19 @@ def schema_type(schema: Any, indent: str = "") -> str:
 def _variant(variant: Any, indent: str) -> str:
     """Return one choice of a `oneOf` that stands within a type."""
     comments = []
-    if isinstance(variant, dict):
-        if isinstance(variant.get("description"), str):
-            comments.append(variant["description"])
-        if "default" in variant:
-            default = variant["default"]
-            # a text is quoted here even if it is one of an enum, unlike the default of a field
-            comments.append(f"default: {_quoted(default, variant, always=True)}")
+    description = _description_of(variant)
+    if description is not None:
+        comments.append(description)
+    if isinstance(variant, dict) and "default" in variant:
+        # a text is quoted here even if it is one of an enum, unlike the default of a field
+        comments.append(f"default: {_quoted(variant['default'], variant, always=True)}")
+    return f"\n{_choice_line(variant, comments, indent)}"
+
+
+def _choice_line(variant: Any, comments: Sequence[str], indent: str) -> str:
+    """Return the line of one choice of a `oneOf`."""
     trailing = f" // {' '.join(comments)}" if comments else ""
-    return f"\n{indent} | {_or_null(variant, f'{indent}   ')}{trailing}"
+    return f"{indent} | {_or_null(variant, f'{indent}   ')}{trailing}"
 
 
 def _or_null(schema: Any, indent: str) -> str:
@@ -189,8 +193,7 @@ def _choice_field(name: str, field: dict[str, Any], indent: str) -> list[str]:
             comments.append(own)
         if isinstance(variant, dict) and "default" in variant:
             comments.append(f"default: {_quoted(variant['default'], variant)}")
-        trailing = f" // {' '.join(comments)}" if comments else ""
-        lines.append(f"{indent} | {_or_null(variant, f'{indent}   ')}{trailing}")
+        lines.append(_choice_line(variant, comments, indent))
     lines.append(f"{indent},")
     return lines
 
