@@ -153,8 +153,9 @@ def test_what_only_openai_has_is_read_under_its_name_alone() -> None:
 def test_openai_messages_of_tools_need_no_name_of_a_shape() -> None:
     result = {"role": "tool", "tool_call_id": "c", "content": "sunny"}
     messages = [*WITH_CALL[:2], result, WITH_CALL[3]]
-    for shape in ("auto", "harmony", "openai"):
-        found = read({"messages": messages, "tools": [TOOL]}, shape)  # type: ignore[arg-type]
+    shapes: tuple[Shape, ...] = ("auto", "harmony", "openai")
+    for shape in shapes:
+        found = read({"messages": messages, "tools": [TOOL]}, shape)
         assert tokens_of(found) == expected(WITH_CALL, tools=[TOOL])
 
 
@@ -239,7 +240,8 @@ def test_keys_may_be_ignored_in_every_shape() -> None:
 
 def test_a_weight_that_is_ignored_is_not_read_in_any_shape() -> None:
     messages = [CHAT[1], {**CHAT[2], "weight": 0.5}]
-    for shape in ("harmony", "openai"):
+    shapes: tuple[Shape, ...] = ("harmony", "openai")
+    for shape in shapes:
         found = read({"messages": messages}, shape, ignored_keys=("weight",))
         assert tokens_of(found) == expected(CHAT[1:3])
     turns = [share_turn("human", "Q1"), {**share_turn("gpt", "A1"), "weight": 0.5}]
