@@ -13,6 +13,7 @@ import pytest
 from data_pipeline.build import units
 from data_pipeline.build.document import Document
 from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.store.shards import LossMask
 from data_pipeline.text.cleaning import Place
 from data_pipeline.text.harmony import Conversation
 
@@ -74,11 +75,7 @@ def mask_texts(monkeypatch: pytest.MonkeyPatch, share: float = 0.4) -> None:
 
     def masked(text: str) -> Document:
         document = plain(text)
-        generator = np.random.default_rng(document.content_hash)
-        num_tokens = len(document.tokenize())
-        loss = generator.random(num_tokens) < share
-        learned_bytes = 1 + document.num_bytes // 3
-        return dataclasses.replace(document, loss=lambda: loss, learned_bytes=learned_bytes)
+        return _with_mask(document, _random_mask(document, share))
 
     monkeypatch.setattr(Document, "from_text", masked)
 
@@ -89,9 +86,18 @@ def mask_conversations(monkeypatch: pytest.MonkeyPatch, share: float = 0.4) -> N
 
     def masked(conversation: Conversation, place: Place) -> Document:
         document = plain(conversation, place)
-        loss = np.random.default_rng(document.content_hash).random(len(document.tokenize())) < share
+        loss = _random_mask(document, share)
         loss[-1] = True
-        learned_bytes = 1 + document.num_bytes // 3
-        return dataclasses.replace(document, loss=lambda: loss, learned_bytes=learned_bytes)
+        return _with_mask(document, loss)
 
     monkeypatch.setattr(Document, "from_conversation", masked)
+
+
+def _random_mask(document: Document, share: float) -> LossMask:
+    generator = np.random.default_rng(document.content_hash)
+    return generator.random(len(document.tokenize())) < share
+
+
+def _with_mask(document: Document, loss: LossMask) -> Document:
+    learned_bytes = 1 + document.num_bytes // 3
+    return dataclasses.replace(document, loss=lambda: loss, learned_bytes=learned_bytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import random
 import shutil
 from collections.abc import Callable
@@ -34,6 +33,8 @@ from data_pipeline.text.harmony import Conversation
 from data_pipeline.text.tokenizer import Tokens
 from tests.data_pipeline.conftest import mix_maker
 from tests.data_pipeline.inputs import MakeMix, make_texts, mask_conversations, mask_texts
+from tests.data_pipeline.test_dataset import all_rows
+from tests.support.records import write_jsonl
 
 SEQ_LEN = 32
 GUARD = {"domains": [{"name": "japanese", "language": "ja", "sources": ["ja"]}]}
@@ -59,13 +60,9 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> TwoBuilds:
 
 
 def rows_of(built: BuiltData) -> list[PackedRow]:
-    rows = []
-    for source in range(len(built.source_names)):
-        for row in range(built.num_rows(source)):
-            rows.append(built.read_row(source, row))
+    """Return all rows, and those of the held-out documents packed by themselves."""
+    rows = all_rows(built)
     for domain in built.held_out:
-        for row in range(domain.num_rows):
-            rows.append(domain.read_row(row))
         alone = domain.pack(np.arange(domain.num_documents))
         for row in range(alone.num_rows):
             rows.append(alone.read_row(row))
@@ -185,12 +182,12 @@ def test_masks_do_not_change_which_conversations_are_copies_or_held_out(
     answers = []
     for _ in range(80):
         answers.append(" ".join(f"w{rng.randrange(10**5)}" for _ in range(60)))
+    records = []
+    for answer in (*answers, *answers[:7], *[f"{text} indeed" for text in answers[7:16]]):
+        question = {"role": "user", "content": "Tell me more."}
+        records.append({"messages": [question, {"role": "assistant", "content": answer}]})
     chat = tmp_path / "chat.jsonl"
-    with chat.open("w", encoding="utf-8") as file:
-        for answer in (*answers, *answers[:7], *[f"{text} indeed" for text in answers[7:16]]):
-            question = {"role": "user", "content": "Tell me more."}
-            messages = [question, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}) + "\n")
+    write_jsonl(chat, records)
     mix = make_mix(
         {"chat": []},
         sources={"chat": {"format": "harmony", "path": str(chat), "held_out_share": 0.2}},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from data_pipeline.config.mix_file import load_mix
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.language import disagrees, language_of
 from tests.data_pipeline.inputs import MakeMix
+from tests.support.records import write_jsonl
 
 ROOT = Path(__file__).parents[3]
 
@@ -167,8 +167,7 @@ LEARNED_END = r"<|channel|>final<|message|>Then \x1b[2J that.<|return|>"
 
 @pytest.fixture
 def chat_mix_path(make_mix: MakeMix, tmp_path: Path) -> Path:
-    path = tmp_path / "chat.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in CHAT), encoding="utf-8")
+    write_jsonl(tmp_path / "chat.jsonl", CHAT)
     keys = {"format": "harmony", "path": "../chat.jsonl", "loss": "assistant"}
     chat = {**keys, "require_analysis": True}
     make_mix({"en": ["unused"]}, seq_len=256, sources={"en": chat})
@@ -223,7 +222,7 @@ def test_the_marks_are_brackets_but_on_a_terminal(
 
 def test_a_long_conversation_is_shown_from_its_end(make_mix: MakeMix, tmp_path: Path) -> None:
     record = {"messages": [QUESTION, {"role": "assistant", "content": "word " * 2000}]}
-    (tmp_path / "chat.jsonl").write_text(json.dumps(record) + "\n")
+    write_jsonl(tmp_path / "chat.jsonl", [record])
     chat = {"format": "harmony", "path": "../chat.jsonl"}
     (found,) = audit(make_mix({"en": ["unused"]}, seq_len=4096, sources={"en": chat})).sources
     shown = found.conversation

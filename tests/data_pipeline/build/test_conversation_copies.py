@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import tracemalloc
 from pathlib import Path
@@ -14,16 +13,16 @@ import pytest
 from data_pipeline.build.build import build
 from data_pipeline.build.sources import TOO_LONG, read_documents
 from data_pipeline.build.units import split_into_units
-from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.store.manifest import BuildManifest
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.harmony import START, body, last_turn
 from data_pipeline.text.harmony_records import whole_conversation
 from data_pipeline.text.tokenizer import encode
-from tests.data_pipeline.build.test_learned_turns import long_records
+from tests.data_pipeline.build.test_learned_turns import long_records, source
 from tests.data_pipeline.inputs import WORDS, MakeMix
 from tests.support.conversations import random_record
+from tests.support.records import write_jsonl
 
 Record = dict[str, Any]
 ASSISTANT = {"loss": "assistant"}
@@ -44,7 +43,7 @@ def two_turns(rng: random.Random) -> Record:
 
 
 def write_records(path: Path, records: list[Record]) -> str:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_jsonl(path, records)
     return str(path)
 
 
@@ -191,20 +190,11 @@ def test_turns_of_a_record_stay_together_in_a_build_of_a_build(
 
 def read_turns(path: Path, records: list[Record], seq_len: int) -> tuple[list[int], Tally]:
     """Return the bytes of each document of a source of single turns, and what was counted."""
-    source = SourceConfig(
-        name="c",
-        language="en",
-        domain="chat",
-        format="harmony",
-        weight=1.0,
-        path=write_records(path, records),
-        loss="assistant",
-        turns="each",
-    )
+    config = source(path=write_records(path, records), turns="each")
     tally = Tally()
     found = []
-    for unit in split_into_units(source):
-        for document in read_documents(source, unit, tally, seq_len):
+    for unit in split_into_units(config):
+        for document in read_documents(config, unit, tally, seq_len):
             found.append(document.num_bytes)
     return found, tally
 

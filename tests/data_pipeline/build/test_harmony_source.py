@@ -30,6 +30,7 @@ from data_pipeline.text.harmony_records import read_conversation
 from data_pipeline.text.record_keys import METADATA_KEYS
 from data_pipeline.text.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, decode, encode
 from tests.data_pipeline.inputs import MakeMix, make_texts
+from tests.support.records import write_jsonl
 
 ROOT = Path(__file__).parents[3]
 RECORDS = [
@@ -402,8 +403,7 @@ def test_a_conversation_that_ends_with_a_call_is_built_and_read(
     make_mix: MakeMix, tmp_path: Path
 ) -> None:
     records = [{"messages": [QUESTION, CALL]}, {"messages": [QUESTION, CALL, RESULT, ANSWER]}]
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    (tmp_path / "chat.jsonl").write_text(text)
+    write_jsonl(tmp_path / "chat.jsonl", records)
     chat = {"chat": {"path": "../chat.jsonl", "format": "harmony"}}
     mix = make_mix({"chat": ["unused"]}, seq_len=256, sources=chat)
     assert build(mix, tmp_path / "out", progress=False).sources[0].documents == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from data_pipeline.text.harmony_records import whole_conversation
 from data_pipeline.text.tokenizer import decode
 from tests.data_pipeline.inputs import WORDS, MakeMix
 from tests.support.conversations import random_record
+from tests.support.records import write_jsonl
 
 QUESTION = {"role": "user", "content": "Q"}
 ANSWER = {"role": "assistant", "thinking": "hm", "content": "A"}
@@ -41,8 +41,7 @@ def source(**keys: Any) -> SourceConfig:
 
 
 def chat_mix(make_mix: MakeMix, tmp_path: Path, records: list[dict[str, Any]], **keys: Any) -> Any:
-    path = tmp_path / "chat.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_jsonl(tmp_path / "chat.jsonl", records)
     mix_keys = {"seq_len": keys.pop("seq_len", 1024), "near_duplicates": keys.pop("near", 0.0)}
     mix_keys["decontaminate_tokens"] = keys.pop("decontaminate_tokens", 0)
     chat = {"path": "../chat.jsonl", "format": "harmony", "loss": "assistant", **keys}

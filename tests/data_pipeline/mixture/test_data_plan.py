@@ -22,6 +22,7 @@ from data_pipeline.mixture.plan_comparison import compare_plans
 from data_pipeline.mixture.plan_figure import draw_plan
 from data_pipeline.mixture.settings import describe_changes, mix_settings
 from tests.data_pipeline.inputs import MakeMix, make_texts
+from tests.support.records import write_jsonl
 
 STEPS, ROWS = 37, 8
 
@@ -116,9 +117,9 @@ def test_floor_beside_conversations_may_be_missed_by_learned_tokens_of_a_row_onl
         for number, question in enumerate(make_texts(60, name)):
             asked = {"role": "user", "content": f"{number} {question} " * 3}
             answer = {"role": "assistant", "content": f"{number}"}
-            records.append(json.dumps({"messages": [asked, answer]}))
+            records.append({"messages": [asked, answer]})
         path = tmp_path / f"{name}-chat.jsonl"
-        path.write_text("\n".join(records), encoding="utf-8")
+        write_jsonl(path, records)
         sources[name] = {
             "path": str(path),
             "format": "harmony",
