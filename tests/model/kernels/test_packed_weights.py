@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
-from cpt.model.kernels.availability import fused_kernels_run_on
 from cpt.model.kernels.packed_weights import decode_mxfp4
 from cpt.model.weights import mxfp4
 from tests.support.expert_inputs import every_dtype
@@ -69,12 +70,17 @@ def test_operator_knows_its_shape_without_values() -> None:
     assert decoded.dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or not fused_kernels_run_on(torch.empty(0, device="cuda")),
-    reason="needs a GPU that the kernels run on",
-)
 @every_dtype
-def test_operator_on_a_gpu_gives_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
-    blocks, scales = codes((3, 70, 5), torch.device("cpu"))
-    found = decode_mxfp4(blocks.cuda(), scales.cuda(), dtype)
-    assert torch.equal(bits(found), bits(decode_mxfp4(blocks, scales, dtype)))
+def test_operator_launches_the_kernel_where_kernels_run(
+    dtype: torch.dtype, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cpt.model.kernels import triton_packed_weights
+
+    blocks, scales = codes((3, 70, 5), kernel_device)
+    launch = mock.Mock(side_effect=triton_packed_weights.decode)
+    monkeypatch.setattr(triton_packed_weights, "decode", launch)
+    monkeypatch.setattr("cpt.model.kernels.packed_weights.fused_kernels_run_on", lambda _: True)
+    found = decode_mxfp4(blocks, scales, dtype)
+    launch.assert_called_once()
+    assert found.device == blocks.device
+    assert torch.equal(bits(found), bits(mxfp4.decode(blocks.cpu(), scales.cpu(), dtype)))
