@@ -28,6 +28,7 @@ from cpt.config.engine_json import (
     REFUSED_ZERO_KEYS,
 )
 from cpt.config.guard_section import DomainLimits
+from cpt.config.precision_sections import ProductsSection, QuantizeSection
 from cpt.config.sections import ExpertParallelJson, RunYaml, StageSection
 from data_pipeline.config.decontamination_config import DecontaminationConfig
 from data_pipeline.config.generation_config import GenerationDomain
@@ -91,6 +92,9 @@ def configuration_page() -> str:
             parts.append(_section("`stages[]`: rows of several lengths", StageSection, "stages[]."))
             continue
         parts.append(_section(f"`{name}`", section, f"{name}."))
+        if name == "train":
+            parts.append(_section("`train.quantize`", QuantizeSection, "train.quantize."))
+            parts.append(_section("`train.products`", ProductsSection, "train.products."))
         if name == "guard":
             title = "`guard.domains.NAME`: limits of one domain"
             parts.append(_section(title, DomainLimits, "guard.domains.NAME."))

@@ -14,6 +14,7 @@ import torch
 
 from cpt.config.adapter_section import AdapterSection
 from cpt.config.guard_section import GuardSection
+from cpt.config.precision_sections import ProductsSection, QuantizeSection
 
 MAX_STEPS = 10**8
 """Steps of the longest run that anybody has planned, many times over; checks go through them."""
@@ -172,6 +173,10 @@ class TrainSection:
     threads: int | None = None
     """CPU threads of each process; the default is the cores of the node divided by its processes.
     """
+    quantize: QuantizeSection = field(default_factory=QuantizeSection)
+    """Training that is aware of the format in which the model will be served."""
+    products: ProductsSection = field(default_factory=ProductsSection)
+    """Products in 8 bits."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         at_least = {
