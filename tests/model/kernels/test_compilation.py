@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpt.model.weights.mxfp4 import EXPONENT_RULES
+
 ROOT = Path(__file__).resolve().parents[3]
 CAPABILITY = 90
 LAUNCH = re.compile(r"^\s+(_\w+)\[", re.MULTILINE)
@@ -125,9 +127,21 @@ def launch_decoding() -> None:
     triton_packed_weights.decode(blocks, scales, bf16(EXPERTS, SIZE, SIZE))
 
 
+def launch_rounding() -> None:
+    from cpt.model.kernels import triton_block_rounding
+
+    narrow = bf16(EXPERTS, SIZE, SIZE)
+    wide = torch.empty(EXPERTS, SIZE, SIZE)
+    for rule in EXPONENT_RULES:
+        triton_block_rounding.round_values(narrow, rule, narrow)
+        triton_block_rounding.round_values(wide, rule, wide)
+    triton_block_rounding.round_values(wide, "least", narrow)
+
+
 def launch_all() -> None:
     launch_experts()
     launch_decoding()
+    launch_rounding()
     launch_rows()
     launch_norms()
     launch_rotation()
