@@ -27,6 +27,8 @@ from cpt.model.experts.packed_base import fill_packed, materialize_packed, pack
 from cpt.model.freezing import freeze
 from cpt.model.missing_model import is_checkpoint
 from cpt.model.parameters import parameter_shapes
+from cpt.model.products.choice import choose_products, products_summary
+from cpt.model.products.layers import ChosenProducts, put_products
 from cpt.model.weights.checksums import damaged, known_sums
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.random_init import RandomWeights
@@ -54,12 +56,13 @@ def build_engine(
     Its weights have no values yet: see `fill_weights`.
 
     Raises:
-        ConfigError: the attention backend cannot do this, or computes something else than its
-            definition.
+        ConfigError: the attention backend or `train.products` cannot do this here, or computes
+            something else than its definition.
     """
     kernel = choose_attention(config, model_config, topology)
     exchange = make_exchange(config, window_tokens(model_config), topology)
     probe_attention(kernel, exchange, config.dtype, model_config, topology)
+    products = agreed_products(config, model_config, topology)
     model = gpt_oss.skeleton(model_config, config.dtype)
     report = gpt_oss.patch(
         model, topology, experts_in_halves=config.model.expert_overlap == "halves"
@@ -72,6 +75,9 @@ def build_engine(
         adapted = adapted_matrices(config.adapter, model_config)
         attach_adapters(model, adapted, config.adapter.scale, topology.ep_size)
         log.info("adapter: %s", adapter_summary(config.adapter, model_config))
+    if products is not None:
+        put_products(model, products)
+        log.info("products: %s", products_summary(products))
     if config.zero_stage == 3:
         materialize_partitioned(model, config.engine_json, config.dtype)
         gpt_oss.restore_rotary_frequencies(model, topology.device)
@@ -142,6 +148,31 @@ def probe_attention(
     topology.traffic.take()
     error = report.largest_error
     log.info("attention agrees with its definition: largest relative error %.1e", error)
+
+
+def agreed_products(
+    config: RunConfig, model_config: GptOssConfig, topology: Topology
+) -> ChosenProducts | None:
+    """Return how the run computes its 8-bit products; None if it has none.
+
+    Raises:
+        ConfigError: on all ranks: one cannot, or they would not all compute alike.
+    """
+    group = topology.control_group
+    section = config.train.products
+    if not section.is_on:
+        return None
+    choose = partial(choose_products, section, model_config, topology.device)
+    chosen = together(group, choose)
+    assert chosen is not None
+    summaries = gather_json(products_summary(chosen), group)
+    for rank, summary in enumerate(summaries):
+        if summary != summaries[0]:
+            raise ConfigError(
+                f"train.products: rank 0 would compute {summaries[0]}, rank {rank} {summary}. "
+                "Give all ranks the same GPUs and software, or remove train.products."
+            )
+    return chosen
 
 
 def weight_source(

@@ -85,6 +85,7 @@ from cpt.model.adapters.layout import adapter_problems
 from cpt.model.configuration import differing_keys
 from cpt.model.freezing import freeze_problems
 from cpt.model.parameters import parameter_numels, parameter_shapes
+from cpt.model.products.layers import products_problems
 from cpt.model.weights.tokenizer_check import tokenizer_problems
 from cpt.planning.fit import Card, PlannedStart, fit_problem, fit_warning
 from cpt.planning.hardware import ANY_GPU
@@ -259,6 +260,7 @@ class _Gate:
         )
         self.found.add(adapter_problems(self.run_yaml.adapter, self.model_config))
         self.found.add(packed_base_problems(self.run_yaml, self.model_config))
+        self.found.add(products_problems(self.run_yaml.train.products, self.model_config))
         configs = self.found.attempt(
             lambda: resolve_stages(self.run_yaml, self.json_file, self.model_config, self._launch())
         )

@@ -25,6 +25,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cpt.model.products.linear import linear
+from cpt.model.products.recipe import EightBit
+
 
 class AdaptedLinear(nn.Linear):
     """A frozen linear layer and the adapter beside it, under the names of the layer it replaces."""
@@ -47,6 +50,8 @@ class AdaptedLinear(nn.Linear):
         like = source.weight
         self.lora_A = nn.Parameter(like.new_empty(rank, self.in_features))
         self.lora_B = nn.Parameter(like.new_empty(self.out_features, rank))
+        self.eight_bit: EightBit | None = None
+        """How training computes products with the weight; None for the working precision."""
         self.lora_magnitude = None
         if with_magnitude:
             self.lora_magnitude = nn.Parameter(like.new_empty(self.out_features))
@@ -55,12 +60,16 @@ class AdaptedLinear(nn.Linear):
         """Return (B, S, O) for the rows (B, S, I)."""
         added_BSO = F.linear(F.linear(input, self.lora_A), self.lora_B)
         if self.lora_magnitude is None:
-            return torch.add(F.linear(input, self.weight, self.bias), added_BSO, alpha=self.scale)
-        out_BSO = torch.add(F.linear(input, self.weight), added_BSO, alpha=self.scale)
+            return torch.add(self._frozen(input, self.bias), added_BSO, alpha=self.scale)
+        out_BSO = torch.add(self._frozen(input, None), added_BSO, alpha=self.scale)
         norms_O = adapted_row_norms(self.weight, self.lora_A, self.lora_B, self.scale)
         factors_O = self.lora_magnitude.to(norms_O.dtype) / norms_O.to(self.weight.dtype)
         out_BSO = (out_BSO * factors_O).to(input.dtype)
         return out_BSO if self.bias is None else out_BSO + self.bias
+
+    def _frozen(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return (B, S, O) of the layer without its adapter."""
+        return linear(input, self.weight, bias, self.eight_bit if self.training else None)
 
 
 @torch.no_grad()

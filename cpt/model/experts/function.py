@@ -40,6 +40,7 @@ from cpt.model.experts.grouped import Groups, is_served, outer, product
 from cpt.model.experts.packed import Matrices
 from cpt.model.kernels.expert_output import expert_output, expert_output_backward
 from cpt.model.kernels.gated_unit import gated_unit, gated_unit_backward
+from cpt.model.products.recipe import EightBit
 
 
 class Parameters(NamedTuple):
@@ -82,6 +83,7 @@ class _GateUp(torch.autograd.Function):
         groups: Groups,
         grouped: bool,
         adapter: ExpertAdapter | None,
+        eight_bit: EightBit | None,
         gate_up_EM2I: Matrices,
         *_a_and_b: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -89,8 +91,9 @@ class _GateUp(torch.autograd.Function):
         ctx.groups = groups
         ctx.grouped = grouped
         ctx.adapter = adapter
+        ctx.eight_bit = eight_bit
         ctx.held = gate_up_EM2I  # not saved: see the module's docstring
-        gate_up_R2I = product(rows_RM, gate_up_EM2I, groups, grouped=grouped)
+        gate_up_R2I = product(rows_RM, gate_up_EM2I, groups, grouped=grouped, eight_bit=eight_bit)
         if adapter is not None:
             adapter.add_to(gate_up_R2I, rows_RM, groups, grouped=grouped)
         return gate_up_R2I
@@ -101,7 +104,8 @@ class _GateUp(torch.autograd.Function):
         groups = ctx.groups
         grouped = ctx.grouped
         adapter: ExpertAdapter | None = ctx.adapter
-        need_rows, _, _, _, need_gate_up, need_a, need_b = ctx.needs_input_grad
+        need_rows = ctx.needs_input_grad[0]
+        need_gate_up, need_a, need_b = ctx.needs_input_grad[5:]
         d_gate_up = d_rows = d_inner = d_a = d_b = None
         if need_gate_up:
             d_gate_up = outer(rows_RM, grads[0], groups, grouped=grouped)
@@ -110,10 +114,13 @@ class _GateUp(torch.autograd.Function):
             if need_a or need_b:
                 d_a, d_b = adapter.gradients(rows_RM, d_inner, grads[0], groups, grouped=grouped)
         if need_rows:
-            d_rows = product(grads[0], ctx.held.transpose(1, 2), groups, grouped=grouped)
+            gate_up_E2IM = ctx.held.transpose(1, 2)
+            d_rows = product(
+                grads[0], gate_up_E2IM, groups, grouped=grouped, eight_bit=ctx.eight_bit
+            )
             if adapter is not None and d_inner is not None:
                 adapter.add_gradient_of_rows(d_rows, d_inner, groups, grouped=grouped)
-        return d_rows, None, None, None, d_gate_up, d_a, d_b
+        return d_rows, None, None, None, None, d_gate_up, d_a, d_b
 
 
 class _GatedDown(torch.autograd.Function):
@@ -129,6 +136,7 @@ class _GatedDown(torch.autograd.Function):
         grouped: bool,
         skip_output: bool,
         adapter: ExpertAdapter | None,
+        eight_bit: EightBit | None,
         gate_up_bias_E2I: torch.Tensor,
         down_EIM: Matrices,
         down_bias_EM: torch.Tensor,
@@ -139,13 +147,14 @@ class _GatedDown(torch.autograd.Function):
         ctx.activation = activation
         ctx.grouped = grouped
         ctx.adapter = adapter
+        ctx.eight_bit = eight_bit
         # not saved: see the module's docstring
         ctx.held = gate_up_bias_E2I, down_EIM, down_bias_EM
         if skip_output:
             return recomputation.unread(gate_up_R2I, gate_up_R2I.shape[0], down_EIM.shape[2])
         ends_E = groups.ends_E
         hidden_RI = gated_unit(gate_up_R2I, gate_up_bias_E2I, ends_E, *activation)
-        out_RM = product(hidden_RI, down_EIM, groups, grouped=grouped)
+        out_RM = product(hidden_RI, down_EIM, groups, grouped=grouped, eight_bit=eight_bit)
         if adapter is not None:
             adapter.add_to(out_RM, hidden_RI, groups, grouped=grouped)
         del hidden_RI
@@ -159,9 +168,15 @@ class _GatedDown(torch.autograd.Function):
         gate_up_R2I, weights_R = ctx.saved_tensors
         gate_up_bias_E2I, down_EIM, _ = ctx.held
         adapter: ExpertAdapter | None = ctx.adapter
-        need_gate_up_bias, need_down, _, need_a, need_b = ctx.needs_input_grad[7:]
+        need_gate_up_bias, need_down, _, need_a, need_b = ctx.needs_input_grad[8:]
         # This is the gradient for the unweighted output: the weights come in below, in fp32.
-        d_hidden_RI = product(d_out_RM, down_EIM.transpose(1, 2), groups, grouped=ctx.grouped)
+        d_hidden_RI = product(
+            d_out_RM,
+            down_EIM.transpose(1, 2),
+            groups,
+            grouped=ctx.grouped,
+            eight_bit=ctx.eight_bit,
+        )
         d_inner = None
         if adapter is not None:
             d_inner = adapter.inner_gradient(d_out_RM, groups, grouped=ctx.grouped)
@@ -190,7 +205,7 @@ class _GatedDown(torch.autograd.Function):
         d_weights, d_down_bias = _gradients_of_output(ctx, d_out_RM, weights_R, products_R)
         if not need_gate_up_bias:
             d_gate_up_bias = None
-        settings = (None,) * 5
+        settings = (None,) * 6
         of_parameters = (d_gate_up_bias, d_down, d_down_bias, d_a, d_b)
         return d_gate_up_R2I, d_weights, *settings, *of_parameters
 
@@ -201,7 +216,7 @@ def _gradients_of_output(
     """Return the gradients of the routing weights and of the second bias, as far as needed."""
     down_bias_EM = ctx.held[2]
     need_weights = ctx.needs_input_grad[1]
-    need_bias = ctx.needs_input_grad[9]
+    need_bias = ctx.needs_input_grad[10]
     if not (need_weights or need_bias):
         return None, None
     d_weights_R, d_bias_EM = expert_output_backward(
@@ -224,6 +239,7 @@ def apply_experts(
     activation: Activation,
     *,
     adapters: ExpertAdapters = NO_ADAPTERS,
+    eight_bit: EightBit | None = None,
     grouped: bool | None = None,
     skip_output: bool = False,
 ) -> torch.Tensor:
@@ -238,6 +254,8 @@ def apply_experts(
         parameters: The experts' tensors; leaves, read again when the backward runs.
         activation: The gated unit.
         adapters: What is added to the two products; leaves, too.
+        eight_bit: How products with the experts' matrices are computed; by default in the working
+            precision, as all others are.
         grouped: Whether to use grouped products; by default, where they are right.
         skip_output: Whether to return zeros. That is enough for a recomputation, which runs for
             what the backward needs, not for the output.
@@ -252,7 +270,14 @@ def apply_experts(
     gate_up_EM2I, *others = parameters
     a_of_gate_up, b_of_gate_up, *a_and_b_of_down = adapters.tensors()
     gate_up_R2I = _GateUp.apply(
-        rows_RM, groups, grouped, adapters.gate_up, gate_up_EM2I, a_of_gate_up, b_of_gate_up
+        rows_RM,
+        groups,
+        grouped,
+        adapters.gate_up,
+        eight_bit,
+        gate_up_EM2I,
+        a_of_gate_up,
+        b_of_gate_up,
     )
     return _GatedDown.apply(
         gate_up_R2I,
@@ -262,6 +287,7 @@ def apply_experts(
         grouped,
         skip_output,
         adapters.down,
+        eight_bit,
         *others,
         *a_and_b_of_down,
     )

@@ -7,6 +7,7 @@ Decisions
       the experts does the same.
     - Rows are never padded. An expert without rows has zero gradients.
     - Matrices may be packed (packed.py). They are decoded here, a few experts at a time.
+    - A product may be in 8 bits (cpt/model/products). Packed matrices are decoded before that.
 
 Shape letters: R rows sorted by expert, E experts, K and N the two sizes of a matrix.
 """
@@ -14,12 +15,14 @@ Shape letters: R rows sorted by expert, E experts, K and N the two sizes of a ma
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from cpt.model.experts.packed import Matrices, PackedMatrices
 from cpt.model.kernels.empty_experts import clear_empty_experts
 from cpt.model.kernels.expert_rows import spans
+from cpt.model.products.recipe import EightBit
 
 ALIGNMENT_BYTES = 16
 """The grouped kernels want every row of an operand to start at a multiple of this."""
@@ -50,13 +53,21 @@ def is_served(rows: torch.Tensor, *sizes: int) -> bool:
 
 
 def product(
-    rows_RK: torch.Tensor, matrices_EKN: Matrices, groups: Groups, *, grouped: bool
+    rows_RK: torch.Tensor,
+    matrices_EKN: Matrices,
+    groups: Groups,
+    *,
+    grouped: bool,
+    eight_bit: EightBit | None = None,
 ) -> torch.Tensor:
     """Return each row times the matrix of its expert, (R, N)."""
     if rows_RK.shape[0] == 0:
         return rows_RK.new_empty(0, matrices_EKN.shape[2])
     if isinstance(matrices_EKN, PackedMatrices):
-        return _product_with_packed(rows_RK, matrices_EKN, groups, grouped=grouped)
+        return _product_with_packed(rows_RK, matrices_EKN, groups, grouped, eight_bit)
+    if eight_bit is not None:
+        rows_RK = eight_bit.left(rows_RK)
+        matrices_EKN = eight_bit.right(matrices_EKN)
     if grouped:
         return torch._grouped_mm(rows_RK, matrices_EKN, offs=groups.ends_E)
     out_RN = rows_RK.new_empty(rows_RK.shape[0], matrices_EKN.shape[2])
@@ -66,9 +77,14 @@ def product(
 
 
 def _product_with_packed(
-    rows_RK: torch.Tensor, packed_EKN: PackedMatrices, groups: Groups, *, grouped: bool
+    rows_RK: torch.Tensor,
+    packed_EKN: PackedMatrices,
+    groups: Groups,
+    grouped: bool,
+    eight_bit: EightBit | None,
 ) -> torch.Tensor:
     """Return each row times the matrix of its expert, (R, N), decoding the matrices in pieces."""
+    multiply = partial(product, grouped=grouped, eight_bit=eight_bit)
     counts_E = groups.counts_E
     if not rows_RK.is_cuda or rows_RK.shape[0] < counts_E.numel():
         present = counts_E.nonzero().flatten()
@@ -78,7 +94,7 @@ def _product_with_packed(
             groups = Groups(counts_E)
     size = packed_EKN.experts_at_a_time(rows_RK.dtype)
     if size >= counts_E.numel():
-        return product(rows_RK, packed_EKN.decoded(rows_RK.dtype), groups, grouped=grouped)
+        return multiply(rows_RK, packed_EKN.decoded(rows_RK.dtype), groups)
     of_experts = spans(groups.ends_E)
     out_RN = rows_RK.new_empty(rows_RK.shape[0], packed_EKN.shape[2])
     for first in range(0, len(of_experts), size):
@@ -87,8 +103,7 @@ def _product_with_packed(
         if rows.start == rows.stop:
             continue
         decoded = packed_EKN[piece].decoded(rows_RK.dtype)
-        done = product(rows_RK[rows], decoded, Groups(counts_E[piece]), grouped=grouped)
-        out_RN[rows] = done
+        out_RN[rows] = multiply(rows_RK[rows], decoded, Groups(counts_E[piece]))
     return out_RN
 
 

@@ -29,6 +29,7 @@ from cpt.model.experts.function import Activation, Parameters, apply_experts
 from cpt.model.experts.grouped import Groups
 from cpt.model.experts.overlap import apply_in_halves
 from cpt.model.experts.router_watch import RouterWatch
+from cpt.model.products.recipe import EightBit
 from cpt.model.weights.hf_layout import EXPERT_TENSORS
 from cpt.parallel.topology import Topology
 
@@ -45,6 +46,8 @@ class LocalExperts(nn.Module):
             whole = getattr(source, name)
             part = whole.detach()[first_expert : first_expert + num_experts].clone()
             self.register_parameter(name, nn.Parameter(part))
+        self.eight_bit: EightBit | None = None
+        """How training computes products with the matrices; None for the working precision."""
         self._adapter_names: dict[str, tuple[str, str]] = {}
         self._adapter_scale = 1.0
 
@@ -83,6 +86,11 @@ class LocalExperts(nn.Module):
         a_name, b_name = names
         return ExpertAdapter(getattr(self, a_name), getattr(self, b_name), self._adapter_scale)
 
+    @property
+    def eight_bit_now(self) -> EightBit | None:
+        """How products are computed in the present mode: evaluation rounds nothing."""
+        return self.eight_bit if self.training else None
+
     def forward(
         self,
         rows_RM: torch.Tensor,
@@ -98,6 +106,7 @@ class LocalExperts(nn.Module):
             self.parameters_of_experts,
             self.activation,
             adapters=self.adapters,
+            eight_bit=self.eight_bit_now,
             grouped=grouped,
             skip_output=recomputation.is_second_run(),
         )
@@ -109,6 +118,8 @@ class LocalExperts(nn.Module):
 
         Vectorized loops and products may round differently where a tensor ends, or has one row. So
         an output depends on no rows but those of its own expert, which `forward` does not promise.
+
+        It serves decoding and computes in the working precision.
 
         Args:
             rows_RM: Inputs sorted by expert.
@@ -155,6 +166,7 @@ class LocalExpertsInHalves(LocalExperts):
             self.parameters_of_experts,
             self.activation,
             self.adapters,
+            self.eight_bit_now,
         )
 
 

@@ -34,10 +34,12 @@ from cpt.model import recomputation
 from cpt.model.experts.adapter_products import NO_ADAPTERS, ExpertAdapters
 from cpt.model.experts.dispatch import Exchange, Half, PlanInHalves
 from cpt.model.experts.function import Activation, Parameters
-from cpt.model.experts.grouped import is_served, outer, product
+from cpt.model.experts.grouped import Groups, is_served, outer, product
+from cpt.model.experts.packed import Matrices
 from cpt.model.kernels.expert_output import expert_output, expert_output_backward
 from cpt.model.kernels.gated_unit import gated_unit, gated_unit_backward_into
 from cpt.model.kernels.rows import gather_rows, gather_rows_into, pack_rows
+from cpt.model.products.recipe import EightBit
 from cpt.parallel.exchange import Transfer
 
 
@@ -52,17 +54,27 @@ class _OverlappedLayer:
     activation: Activation
     grouped: bool
     """Whether to use grouped products."""
+    eight_bit: EightBit | None
+    """How products with the experts' matrices are computed."""
 
     @property
     def model_size(self) -> int:
         """Columns of a row without the weight beside it."""
         return self.parameters.down_EIM.shape[2]
 
+    def product(
+        self, rows_AK: torch.Tensor, matrices_EKN: Matrices, groups: Groups
+    ) -> torch.Tensor:
+        """Return each row times the matrix of its expert, (A, N)."""
+        return product(
+            rows_AK, matrices_EKN, groups, grouped=self.grouped, eight_bit=self.eight_bit
+        )
+
     def gate_up(self, rows_AM: torch.Tensor, half: Half) -> torch.Tensor:
         """Return the first product (A, 2I) of one half, without its bias."""
         groups = half.plan.groups
         matrices = self.parameters.gate_up_EM2I[half.experts]
-        gate_up_A2I = product(rows_AM, matrices, groups, grouped=self.grouped)
+        gate_up_A2I = self.product(rows_AM, matrices, groups)
         adapter = self.adapters.of_experts(half.experts).gate_up
         if adapter is not None:
             adapter.add_to(gate_up_A2I, rows_AM, groups, grouped=self.grouped)
@@ -74,7 +86,7 @@ class _OverlappedLayer:
         ends_E = groups.ends_E
         _, gate_up_bias, down, down_bias = self.parameters
         hidden_AI = gated_unit(gate_up_A2I, gate_up_bias[half.experts], ends_E, *self.activation)
-        out_AM = product(hidden_AI, down[half.experts], groups, grouped=self.grouped)
+        out_AM = self.product(hidden_AI, down[half.experts], groups)
         adapter = self.adapters.of_experts(half.experts).down
         if adapter is not None:
             adapter.add_to(out_AM, hidden_AI, groups, grouped=self.grouped)
@@ -154,7 +166,7 @@ class _Gradients:
         layer = self._layer
         groups = half.plan.groups
         down_EMI = layer.parameters.down_EIM[half.experts].transpose(1, 2)
-        d_hidden_AI = product(d_out_AM, down_EMI, groups, grouped=layer.grouped)
+        d_hidden_AI = layer.product(d_out_AM, down_EMI, groups)
         adapter = layer.adapters.of_experts(half.experts).down
         if adapter is not None:
             d_inner = adapter.inner_gradient(d_out_AM, groups, grouped=layer.grouped)
@@ -175,7 +187,7 @@ class _Gradients:
         if not need_rows:
             return None
         gate_up_E2IM = layer.parameters.gate_up_EM2I[half.experts].transpose(1, 2)
-        d_rows_AM = product(d_gate_up_A2I, gate_up_E2IM, groups, grouped=layer.grouped)
+        d_rows_AM = layer.product(d_gate_up_A2I, gate_up_E2IM, groups)
         if adapter is not None:
             adapter.add_gradient_of_rows(
                 d_rows_AM, self._inner_gate_up[-1], groups, grouped=layer.grouped
@@ -290,6 +302,7 @@ def apply_in_halves(
     parameters: Parameters,
     activation: Activation,
     adapters: ExpertAdapters = NO_ADAPTERS,
+    eight_bit: EightBit | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Send rows to their experts, compute, and send the results back, in two halves.
 
@@ -302,6 +315,7 @@ def apply_in_halves(
         parameters: The local experts' tensors; leaves, read again when the backward runs.
         activation: The gated unit.
         adapters: What is added to the two products; leaves, too.
+        eight_bit: How products with the experts' matrices are computed.
 
     Returns:
         The results (R, M) in the order of the payload, and the number of rows computed here.
@@ -325,6 +339,7 @@ def apply_in_halves(
         adapters=adapters,
         activation=activation,
         grouped=is_served(arrived, model_size, 2 * expert_size, expert_size, *adapters.ranks()),
+        eight_bit=eight_bit,
     )
     done_RM = _InHalves.apply(payload, layer, arrived, takes, *parameters, *adapters.tensors())
     return done_RM, plan.num_arrived
