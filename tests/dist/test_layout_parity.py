@@ -1,7 +1,7 @@
 """Every layout gives the numbers of one process with Hugging Face's eager code and plain AdamW.
 
 Every layout takes fp32 sums in another order, which the tolerances allow for: 2e-5 in loss, and
-1e-4 relative in the norm.  In bf16 activations are rounded at other places (2e-2).
+1e-6 relative in the norm.  In bf16 activations are rounded at other places (2e-2).
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def assert_alike(
     by_norm = norm_differences(steps, norms)
     told = f"loss differences {by_loss}, relative norm differences {by_norm}"
     assert max(by_loss) <= (2e-2 if bf16 else 2e-5), told
-    assert max(by_norm) <= (2e-2 if bf16 else 1e-4), told
+    assert max(by_norm) <= (2e-2 if bf16 else 1e-6), told
 
 
 def assert_same_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
