@@ -5,7 +5,8 @@ Decisions
       bf16 and fp32 on the CPU, rows that start on 16 bytes. It reads the ends of the groups on the
       device, so the host does not wait. Elsewhere (float64, odd sizes, no rows at all) a loop over
       the experts does the same.
-    - Rows are never padded. An expert without rows has zero gradients.
+    - On a GPU rows are never padded; on a CPU those in bf16 are (padded_products.py). An expert
+      without rows has zero gradients.
     - Matrices may be packed (packed.py). They are decoded here, a few experts at a time.
     - A product may be in 8 bits (cpt/model/products). Packed matrices are decoded before that.
 
@@ -20,6 +21,7 @@ from functools import partial
 import torch
 
 from cpt.model.experts.packed import Matrices, PackedMatrices
+from cpt.model.experts.padded_products import padded_outer, padded_product, pads
 from cpt.model.kernels.empty_experts import clear_empty_experts
 from cpt.model.kernels.expert_rows import spans
 from cpt.model.products.recipe import EightBit
@@ -68,6 +70,8 @@ def product(
     if eight_bit is not None:
         rows_RK = eight_bit.left(rows_RK)
         matrices_EKN = eight_bit.right(matrices_EKN)
+    if grouped and pads(rows_RK):
+        return padded_product(rows_RK, matrices_EKN, groups.ends_E)
     if grouped:
         return torch._grouped_mm(rows_RK, matrices_EKN, offs=groups.ends_E)
     out_RN = rows_RK.new_empty(rows_RK.shape[0], matrices_EKN.shape[2])
@@ -111,6 +115,8 @@ def outer(
     left_RK: torch.Tensor, right_RN: torch.Tensor, groups: Groups, *, grouped: bool
 ) -> torch.Tensor:
     """Return per expert the sum over its rows of left^T right, (E, K, N); zero without rows."""
+    if grouped and pads(left_RK):
+        return padded_outer(left_RK, right_RN, groups.ends_E)
     if grouped:
         out_EKN = torch._grouped_mm(left_RK.t(), right_RN, offs=groups.ends_E)
         if out_EKN.is_cuda:
