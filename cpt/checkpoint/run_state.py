@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from cpt.checkpoint.manifest import Manifest
+from cpt.config.precision_sections import ExponentRule
 from cpt.errors import CheckpointError
+from data_pipeline.escaping import escaped_line
 
 Plain = Mapping[str, Any]
 """A JSON object."""
@@ -41,6 +43,10 @@ class RunState:
     adapter: Plain | None = None
     """The adapter and its base (`cpt.checkpoint.adapter_state.AdapterState`); None if the tensors
     are those of a whole model.
+    """
+    quantize: Plain | None = None
+    """The rule by which the run's working weights are the tensors rounded to MXFP4, as `exponent`;
+    None if they are not rounded.
     """
 
     @property
@@ -91,3 +97,26 @@ class RunState:
                 "Resume from another checkpoint with --resume STEP."
             )
         return value
+
+
+def quantized_by(manifest: Manifest) -> ExponentRule | None:
+    """Return the rule by which training rounded the experts of a checkpoint; None if it did not.
+
+    The tensors are the fp32 master weights all the same: an MXFP4 export by this rule is the model
+    that was trained, bit for bit.
+
+    Raises:
+        CheckpointError: the manifest names a rule that this version does not know, or has no state.
+    """
+    checkpoint = f"checkpoint of step {manifest.step}"
+    quantize = RunState.of(manifest).quantize
+    if quantize is None:
+        return None
+    rule = quantize.get("exponent") if isinstance(quantize, Mapping) else None
+    for known in get_args(ExponentRule):
+        if rule == known:
+            return known  # type: ignore[no-any-return]
+    raise CheckpointError(
+        f"{checkpoint}: its experts were rounded by '{escaped_line(rule, 80)}', which is none of "
+        f"{', '.join(get_args(ExponentRule))}. Use the version of gpt-oss-cpt that wrote it."
+    )

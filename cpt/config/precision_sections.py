@@ -9,6 +9,8 @@ from typing import Literal
 
 ExponentRule = Literal["floor", "ceil", "least"]
 """How the exponent of an MXFP4 block is chosen; see cpt/model/weights/mxfp4.py."""
+BLOCK = 32
+"""Consecutive inputs of one output that share an exponent in MXFP4."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +38,10 @@ class QuantizeSection:
     def is_on_after(self, step: int) -> bool:
         """Return whether the working weights are rounded once `step` optimizer steps are done."""
         return self.is_on and self.start_step is not None and step >= self.start_step
+
+    def state_after(self, step: int) -> dict[str, str] | None:
+        """Return what a checkpoint of a step tells of the rounding; None if nothing is rounded."""
+        return {"exponent": self.exponent} if self.is_on_after(step) else None
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield (key, message) of what is wrong in the section alone."""

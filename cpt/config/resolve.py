@@ -10,6 +10,7 @@ import copy
 import math
 from typing import Any
 
+from cpt.config.block_parts import block_problems
 from cpt.config.engine_json import OFFLOADS, OWN_KEYS, REFUSED_KEYS
 from cpt.config.layout import SizeChooser, Wanted, divides, expert_rules, sequence_rules
 from cpt.config.sections import LaunchInfo, RunConfig, RunYaml
@@ -78,6 +79,7 @@ class _Resolver:
         self._check_overlap(ep_size)
         self._check_head_groups(sp_size)
         self._check_agreement()
+        self._check_blocks(ep_size)
         engine_json = self._engine_json(micro_batch_size, accumulation)
         if self.problems:
             raise ConfigError(self.problems)
@@ -176,6 +178,15 @@ class _Resolver:
                 f"{experts} experts / expert_parallel.autoep_size {ep_size} is "
                 f"{experts // ep_size}. Use none, or an autoep_size of at most {experts // 2}."
             )
+
+    def _check_blocks(self, ep_size: int) -> None:
+        self.problems += block_problems(
+            self.run.train.quantize,
+            self.model,
+            zero_stage=self.json["zero_optimization"]["stage"],
+            world_size=self.launch.world_size,
+            ep_size=ep_size,
+        )
 
     def _check_head_groups(self, sp_size: int) -> None:
         groups = self.run.model.ulysses_groups

@@ -469,6 +469,7 @@ class RunYaml:
             )
         yield from self._check_levers()
         yield from self._check_adapter()
+        yield from self._check_quantize()
 
     def _check_adapter(self) -> Iterator[tuple[str, str]]:
         if not self.adapter.is_on:
@@ -485,6 +486,25 @@ class RunYaml:
                 "guard.router_lever",
                 f"is freeze, but with adapter.kind: {self.adapter.kind} the routers are never "
                 "trained. Remove it, or give raise_replay.",
+            )
+
+    def _check_quantize(self) -> Iterator[tuple[str, str]]:
+        quantize = self.train.quantize
+        if not quantize.is_on:
+            return
+        if self.adapter.is_on:
+            yield (
+                "train.quantize.experts",
+                f"is {quantize.experts}, but with adapter.kind: {self.adapter.kind} the experts "
+                "below the adapters stay as they are: on the released weights an adapter rounds "
+                "nothing and needs none of this. Remove one of the two.",
+            )
+        total = self.train.total_steps
+        if quantize.start_step is not None and quantize.start_step >= total > 0:
+            yield (
+                "train.quantize.start_step",
+                f"is {quantize.start_step}, but train.total_steps is {total}: no step would be "
+                f"trained with rounded weights. Give less, such as {total * 2 // 3}.",
             )
 
     def _check_stages(self) -> Iterator[tuple[str, str]]:

@@ -78,6 +78,9 @@ class Job:
     """Draws report.html while the run goes on; only the first rank has it."""
     lineage: list[dict[str, Any]] = field(default_factory=list)
     """The models that the first weights came from (`cpt.checkpoint.lineage`)."""
+    has_begun: bool = False
+    """Whether everything that comes before the first step is done. Until then the weights of step 0
+    are those of the untouched model, which the guard measures."""
     reader: ReadAhead[Places, MicroBatch] = field(init=False)
     """Reads the micro batch after the one that is computed."""
     _foreseen: GlobalBatch | None = field(default=None, init=False)
@@ -265,6 +268,8 @@ class Job:
         self.stability.restore(_dict(state.stability))
         self.engine.router_watch.restore(state.router_load)
         set_optimizer_step(self.engine.deepspeed, self.progress.updates)
+        if self.progress.step > 0 or self.has_begun:
+            self.engine.rounding.publish(self.progress.step)
         self._follow(start.ledger)
         self._restore_guard(state)
 
@@ -297,6 +302,7 @@ class Job:
             stability=self.stability.to_json(),
             router_load=self.engine.router_watch.state(),
             adapter=None if self.adapter is None else self.adapter.to_json(),
+            quantize=self.config.train.quantize.state_after(self.progress.step),
         )
         return state.to_json()
 

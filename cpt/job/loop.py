@@ -113,6 +113,9 @@ def begin(job: Job, last_step: int) -> None:
     if step < last_step and job.guard is not None and job.guard.is_owed(step):
         measure(job, job.stop)
     leave_if_asked(job.stop, job.topology.control_group, "before the first step")
+    job.has_begun = True
+    if step == 0:
+        job.engine.rounding.publish(step)
 
 
 def progress_bar(job: Job, last_step: int) -> ProgressBar:

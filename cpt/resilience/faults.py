@@ -40,6 +40,7 @@ POINTS = (
     "backward",
     "gradient",
     "optimizer_step",
+    "rounding",
     "evaluate",
     "sample_traces",
     "save_stage",

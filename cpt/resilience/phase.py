@@ -22,8 +22,8 @@ class PhaseRecord:
     rank with the lowest count is behind.
     """
     phase: str
-    """load, network, data, forward, backward, gradient, optimizer_step, evaluate, sample, save,
-    rollback or export.
+    """load, network, data, forward, backward, gradient, optimizer_step, rounding, evaluate,
+    sample, save, rollback or export.
     """
     step: int
     """The optimizer step in progress, counted from 1; 0 before the first."""

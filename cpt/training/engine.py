@@ -54,6 +54,7 @@ from cpt.storage.transfer import to_device
 from cpt.training.activation_checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch, send
 from cpt.training.optimizer import ROUTER_GROUPS, create_optimizer, reserve_files
+from cpt.training.rounding import ExpertRounding
 
 LARGEST_GRAD_NORM = 1e18
 """Gradient norm from which on a step counts as not finite.
@@ -221,6 +222,9 @@ class TrainingEngine:
         optimizer = create_optimizer(model, config.train, separate_routers=separate_routers)
         files = reserve_files(model, config, topology)
         self.deepspeed = initialize(model, optimizer, config.engine_json, files)
+        self.rounding = ExpertRounding(
+            config.train.quantize, self.deepspeed, topology.device, clock
+        )
 
     def set_learning_rate(self, lr: float, *, routers_frozen: bool = False) -> None:
         """Use `lr` for the next optimizer step.
@@ -309,6 +313,7 @@ class TrainingEngine:
             apply_update(self.deepspeed, grad_norm)
         else:
             discard_gradients(self.deepspeed)
+        self.rounding.after_step(step, applied=applied)
         return StepResult(
             loss=float(sums.by_source[0].sum()) / total_tokens,
             grad_norm=grad_norm,

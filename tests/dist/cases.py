@@ -112,6 +112,8 @@ class Scenario:
     """A shipped file of ds_configs/, whose stage, SP and EP give way to those here."""
     adapter: dict[str, Any] = field(default_factory=dict)
     """The `adapter` section; its tensors begin as `adapter_value` gives them."""
+    quantize: dict[str, Any] = field(default_factory=dict)
+    """The `train.quantize` section without `experts`, which is mxfp4 if it is given."""
     weight_decay: float = SETTINGS["weight_decay"]
     """`train.weight_decay`."""
 
@@ -156,6 +158,8 @@ class Scenario:
             parts += [self.adapter["kind"], *map(str, self.adapter.get("layers", ()))]
             parts += ["shared"] if self.adapter.get("share_experts") else []
             parts += ["packed"] if self.adapter.get("base") == "mxfp4" else []
+        for key, value in self.quantize.items():
+            parts.append(f"{key}-{value}")
         return "-".join(parts)
 
     def dump(self) -> str:

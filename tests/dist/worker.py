@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from transformers import GptOssConfig
 
 from cpt.checkpoint.adapter_state import AdapterState
@@ -23,6 +24,7 @@ from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.deepspeed_adapter.offload import nvme_paths
 from cpt.deepspeed_adapter.partition import gathered
+from cpt.deepspeed_adapter.rounding import is_expert_matrix
 from cpt.deepspeed_adapter.shards import publish_master_weights, state_tensors
 from cpt.job.engine_setup import base_of, build_engine, fill_weights, weight_source
 from cpt.model.adapters.layout import adapter_shapes, is_adapter_name
@@ -55,9 +57,12 @@ from tests.support.launcher import ROOT
 from tests.support.mapped_files import mapped_files
 
 
-def state_of(config: RunConfig) -> dict[str, Any]:
-    """Return what checkpoints keep besides tensors, as far as tests read it."""
-    state = {"model_config": model_config().to_dict()}
+def state_of(config: RunConfig, scenario: Scenario, step: int) -> dict[str, Any]:
+    """Return what the checkpoint of a step keeps besides tensors, as far as tests read it."""
+    state = {
+        "model_config": model_config(scenario.expert_size).to_dict(),
+        "quantize": config.train.quantize.state_after(step),
+    }
     if config.adapter.is_on:
         adapter = AdapterState(
             section=config.adapter, base=base_of(config, model_config()), dtype=config.train.dtype
@@ -97,6 +102,8 @@ def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
         **SETTINGS,
         "weight_decay": scenario.weight_decay,
     }
+    if scenario.quantize:
+        train["quantize"] = {"experts": "mxfp4", **scenario.quantize}
     if scenario.kl:
         train |= {
             "kl_targets": str(model_dir.parent / targets_folder(scenario)),
@@ -271,6 +278,24 @@ def write_adapter_report(
         (folder / f"{scenario.name}.adapter.json").write_text(json.dumps(by_rank))
 
 
+def write_expert_matrices(scenario: Scenario, folder: Path, engine: TrainingEngine) -> None:
+    """Write the whole expert matrices as the next forward pass of every rank will see them."""
+    topology = engine.topology
+    matrices = {}
+    for name, parameter in engine.deepspeed.module.named_parameters():
+        if not is_expert_matrix(parameter):
+            continue
+        with gathered([parameter]):
+            local = parameter.detach().clone()
+        parts = [torch.empty_like(local) for _ in range(topology.ep_size)]
+        dist.all_gather(parts, local, group=topology.ep_group)
+        matrices[name] = torch.cat(parts)
+    found = gather_json(digest(matrices.values()), topology.control_group)
+    assert len(set(found)) == 1, "ranks see other weights"
+    if topology.rank == 0:
+        save_file(matrices, folder / f"{scenario.name}.working.safetensors")
+
+
 def run(scenario: Scenario, folder: Path) -> None:
     """Train a scenario; leave its checkpoint and the results of its steps."""
     config = config_of(scenario, folder)
@@ -291,6 +316,7 @@ def run(scenario: Scenario, folder: Path) -> None:
     else:
         fill_weights(engine, source)
         fill_adapters(engine, config, of_model)
+    engine.rounding.publish(scenario.start)
     targets = None
     if scenario.kl:
         row_tokens = {SOURCES[0]: even_row_tokens(masked=scenario.masked)}
@@ -309,12 +335,14 @@ def run(scenario: Scenario, folder: Path) -> None:
         result = engine.step(micro_batches, tokens, step=step + 1, loss_weights=weights)
         results.append(asdict(result))
         if scenario.saves_first and step == 0:
-            saver.save_now(1, state_of(config))
+            saver.save_now(1, state_of(config, scenario, 1))
     if nvme_paths(config.engine_json):
         write_files_report(scenario, folder, config, topology, engine)
     if scenario.adapter:
         write_adapter_report(scenario, folder, engine, base_before)
-    saver.save_now(scenario.steps, state_of(config))
+    if scenario.quantize:
+        write_expert_matrices(scenario, folder, engine)
+    saver.save_now(scenario.steps, state_of(config, scenario, scenario.steps))
     if topology.rank == 0:
         parameter_file(folder, scenario).write_text(json.dumps(results))
     engine.deepspeed.destroy()

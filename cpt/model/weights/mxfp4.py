@@ -16,9 +16,10 @@ from typing import get_args
 
 import torch
 
+from cpt.config import precision_sections
 from cpt.config.precision_sections import ExponentRule
 
-BLOCK = 32
+BLOCK = precision_sections.BLOCK
 EXPONENT_RULES: tuple[ExponentRule, ...] = get_args(ExponentRule)
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)

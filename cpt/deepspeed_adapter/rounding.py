@@ -1,0 +1,125 @@
+"""Rounded working weights: the forward pass sees what an export will hold, the master weights stay.
+
+After an update DeepSpeed copies the fp32 master weights into the working weights. Here those of the
+experts' matrices are overwritten with what rounding makes of them. Autograd's gradient with respect
+to a working weight is applied to its master: the straight-through estimator, without code for it.
+
+Decisions
+    A matrix is rounded where it lies. Under ZeRO-3 that is this rank's part, on the device, on the
+    host or in a file; a part consists of whole blocks, or the run is refused at start
+    (`cpt.config.block_parts`). Under ZeRO 1 and 2 it is the whole matrix, after the ranks have
+    gathered it: parts would cut blocks there, and every rank has the matrix anyway.
+    Only copies are rounded. Where DeepSpeed keeps one tensor as working and as master weight,
+    `separate_masters` gives the optimizer a tensor of its own before the first values arrive.
+
+Read in deepspeed 0.19.8: runtime/zero/stage3.py (`_create_fp32_partitions`,
+`_reassign_or_swap_out_partitioned_parameters`, `_post_step`), runtime/zero/stage_1_and_2.py
+(`step`), runtime/zero/parameter_offload.py (`partition_all_parameters`).
+
+Shape letters: n block columns (32 inputs of every output of an expert), B inputs of a block,
+R outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from cpt.deepspeed_adapter.experts import is_expert
+from cpt.deepspeed_adapter.partition import full_local_shape
+
+RoundBlocks = Callable[[torch.Tensor], torch.Tensor]
+"""Rounds values (n, B, R); the result has their shape and dtype."""
+LARGEST_PIECE = 1 << 22
+"""Weights that are rounded at once, if a block column has no more; what rounding holds besides its
+result is in proportion to them.
+"""
+
+
+def is_expert_matrix(parameter: Any) -> bool:
+    """Return whether a parameter holds the matrices of this rank's experts, (experts, in, out)."""
+    return is_expert(parameter) and len(full_local_shape(parameter)) == 3
+
+
+def trained_expert_matrices(engine: Any) -> list[Any]:
+    """Return the parameters that `publish_rounded_experts` rounds, in the order of the model."""
+    found = []
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad and is_expert_matrix(parameter):
+            found.append(parameter)
+    return found
+
+
+def separate_masters(engine: Any) -> None:
+    """Give the optimizer master weights of its own where they are the working weights themselves.
+
+    ZeRO-3 does so where both are fp32 and on one device. It has to be undone before the optimizer
+    has state, and takes 4 bytes for each weight of a group with experts.
+    """
+    if engine.zero_optimization_stage() != 3:
+        return
+    zero = engine.optimizer
+    for index, (working, master) in enumerate(
+        zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+    ):
+        has_experts = any(is_expert_matrix(parameter) for parameter in zero.fp16_groups[index])
+        if not has_experts or working.data_ptr() != master.data_ptr():
+            continue
+        own = master.detach().clone().requires_grad_()
+        own.ds_id = master.ds_id
+        zero.fp32_partitioned_groups_flat[index] = own
+
+
+@torch.no_grad()
+def publish_rounded_experts(
+    engine: Any, round_blocks: RoundBlocks, block_inputs: int, device: torch.device
+) -> None:
+    """Overwrite this rank's working weights of all trained expert matrices with rounded ones.
+
+    They hold the master weights in working precision when this is called, or were rounded before
+    by a function that leaves its own results alone. All ranks call it together.
+
+    Besides the weights this takes the memory of one piece on `device`: of `LARGEST_PIECE` weights,
+    or one block column, times what `round_blocks` holds for each.
+
+    Args:
+        engine: The DeepSpeed engine.
+        round_blocks: Rounds values (n, block_inputs, R) on `device`.
+        block_inputs: Inputs of a block.
+        device: The device that computes; weights on the host travel to it in pieces.
+    """
+    matrices = trained_expert_matrices(engine)
+    if engine.zero_optimization_stage() != 3:
+        for parameter in matrices:
+            _round_in_place(parameter.data.view(-1), parameter, round_blocks, block_inputs, device)
+        return
+    # Small parameters are never partitioned between steps; their parts are gathered again.
+    persistent = [parameter for parameter in matrices if getattr(parameter, "ds_persist", False)]
+    if persistent:
+        persistent[0].partition(persistent)
+    for parameter in matrices:
+        part = parameter.ds_tensor.data.view(-1)
+        _round_in_place(part, parameter, round_blocks, block_inputs, device)
+    if persistent:
+        persistent[0].all_gather(persistent)
+
+
+def _round_in_place(
+    flat: torch.Tensor,
+    parameter: Any,
+    round_blocks: RoundBlocks,
+    block_inputs: int,
+    device: torch.device,
+) -> None:
+    """Round consecutive weights of a matrix, which are whole block columns."""
+    outputs = full_local_shape(parameter)[2]
+    for piece_nBR in _pieces(flat.view(-1, block_inputs, outputs)):
+        piece_nBR.copy_(round_blocks(piece_nBR.to(device)))
+
+
+def _pieces(columns_nBR: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the block columns, as many at once as `LARGEST_PIECE` lets."""
+    num_columns = max(1, LARGEST_PIECE // columns_nBR[0].numel())
+    yield from columns_nBR.split(num_columns)
