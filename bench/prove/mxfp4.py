@@ -1,0 +1,157 @@
+"""Measure what an MXFP4 export keeps of what experts learned, with and without training for it.
+
+    python bench/prove/mxfp4.py [--work_dir DIR] [--quick] [--seeds N ...] [--json FILE]
+        [--svg FILE]
+
+A small gpt-oss learns English and is rounded to MXFP4: the release.  It goes on with Japanese, at
+three learning rates, and is exported by three exponent rules; beside it the same with the last
+third of the steps MXFP4-aware (`train.quantize`).  Measured on held-out Japanese and English of
+packages that no training has read: bits per byte before and after the export, how much of what the
+experts learned survived, and what the export kept of their movement (mxfp4_parts/cells.py).
+
+    short, floor         a release that still learns, rounded by floor
+    converged, floor     one whose held-out English no longer falls
+    converged, ceil      the same, rounded by ceil, as the released gpt-oss probably was
+
+Everything is the product's but the engine (mxfp4_parts/training.py); one cell is also run through
+cpt/run.py and cpt export, and the report says how near the figures are (mxfp4_parts/product.py).
+Cells are kept: killed at any time, the script goes on.  One seed is completed after the other.  It
+needs a Debian system with a package mirror for the texts, and takes about an hour of one CPU core.
+`--quick` shows that all parts work, on the sample corpora, with figures that mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "bench" / "prove")]
+
+from mxfp4_parts.scale import QUICK, REAL, Scale  # noqa: E402
+
+# the vocabulary must be chosen before anything reads it, here and in every process of a run
+os.environ["GUARD_PROOF_MERGES"] = str((QUICK if "--quick" in sys.argv else REAL).num_merges)
+
+from guard_parts.small_vocabulary import shrink  # noqa: E402
+
+shrink()
+
+import torch  # noqa: E402
+from mxfp4_parts import outcome, product, releases, texts  # noqa: E402
+from mxfp4_parts.cells import Cell, finished, in_a_line, run_cell  # noqa: E402
+from mxfp4_parts.drawing import draw  # noqa: E402
+from mxfp4_parts.training import Rows, Trainer, scored_sets  # noqa: E402
+
+from cpt.offline.ranks import single_process  # noqa: E402
+
+
+def main() -> None:
+    """Run what is not done yet, then print the tables."""
+    parser = argparse.ArgumentParser(description="The proof of MXFP4-aware training.")
+    parser.add_argument("--work_dir", type=Path)
+    parser.add_argument("--quick", action="store_true", help="small, to see that all parts work")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds to run; default: all")
+    parser.add_argument("--report", action="store_true", help="report what is done, run nothing")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--svg", type=Path)
+    options = parser.parse_args()
+    scale = QUICK if options.quick else REAL
+    name = "prove_mxfp4_quick" if options.quick else "prove_mxfp4"
+    work_dir: Path = (options.work_dir or ROOT / "runs" / name).resolve()
+    torch.set_num_threads(1)
+    if not options.report:
+        seeds = options.seeds or list(range(scale.num_seeds))
+        run_cells(work_dir, scale, seeds, from_sample=options.quick)
+        run_product(work_dir, scale)
+    write_report(work_dir, scale, options)
+
+
+def run_cells(work_dir: Path, scale: Scale, seeds: list[int], *, from_sample: bool) -> None:
+    """Run the cells that are not done, one seed after the other."""
+    texts.write_all_texts(work_dir / "text", scale, from_sample=from_sample)
+    data = texts.open_texts(work_dir, scale)
+    sets = list(scored_sets(data))
+    folder = work_dir / "cells"
+    folder.mkdir(exist_ok=True)
+    with single_process() as topology:
+        trainer = Trainer(scale, topology)
+        for seed in seeds:
+            mix = texts.read_mix(work_dir, scale, seed, texts.RELEASE)
+            base_rows = Rows(data, mix, scale, topology)
+            mix = texts.read_mix(work_dir, scale, seed, texts.JAPANESE)
+            rows = Rows(data, mix, scale, topology)
+            for arm in releases.ARMS:
+                release = releases.make_release(folder, scale, trainer, base_rows, sets, arm, seed)
+                for lr in scale.lrs:
+                    cell = Cell(arm=arm.name, seed=seed, lr=lr)
+                    if finished(folder, cell) is None:
+                        result = run_cell(folder, scale, trainer, rows, sets, cell, release)
+                        print(time.strftime("%H:%M:%S"), in_a_line(result), flush=True)
+
+
+def run_product(work_dir: Path, scale: Scale) -> None:
+    """Run one cell through the product's commands, unless that is done."""
+    path = work_dir / "product.json"
+    cell = product_cell(scale)
+    result = finished(work_dir / "cells", cell)
+    if path.exists() or result is None:
+        return
+    release = releases.read_release(work_dir / "cells", releases.ARMS[0], cell.seed)
+    comparison = product.run_product(work_dir, scale, result, release)
+    path.write_text(json.dumps(comparison, indent=1))
+
+
+def product_cell(scale: Scale) -> Cell:
+    """Return the cell that the product runs, too: the middle learning rate of the first release."""
+    lr = scale.lrs[len(scale.lrs) // 2]
+    return Cell(arm=releases.ARMS[0].name, seed=0, lr=lr)
+
+
+def write_report(work_dir: Path, scale: Scale, options: argparse.Namespace) -> None:
+    """Print the tables of the cells that are done, and write the JSON and the figure."""
+    folder = work_dir / "cells"
+    wanted = []
+    for seed in range(scale.num_seeds):
+        for arm in releases.ARMS:
+            wanted += [Cell(arm=arm.name, seed=seed, lr=lr) for lr in scale.lrs]
+    results = []
+    for cell in wanted:
+        result = finished(folder, cell)
+        if result is not None:
+            results.append(result)
+    machine = f"{platform.machine()}, torch {torch.__version__}"
+    date = time.strftime("%Y-%m-%d")
+    print(f"{len(results)} of {len(wanted)} cells")
+    print(outcome.table(results))
+    print(outcome.english_table(results))
+    print(outcome.verdict(results))
+    report: dict[str, Any] = {
+        "machine": machine,
+        "date": date,
+        "quick": options.quick,
+        "cells_run": len(results),
+        "cells_planned": len(wanted),
+        "releases": releases.all_facts(folder, scale.num_seeds),
+        "summary": outcome.summary(results),
+        "cells": results,
+    }
+    path = work_dir / "product.json"
+    if path.exists():
+        report["product"] = json.loads(path.read_text())
+        print(product.told(report["product"]))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.svg:
+        source = f"{len(results)} of {len(wanted)} cells; bands: 95 % over seeds; {machine}, {date}"
+        options.svg.write_text(draw(results, source), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

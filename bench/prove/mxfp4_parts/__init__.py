@@ -1,0 +1,1 @@
+"""Parts of bench/prove/mxfp4.py."""

@@ -1,0 +1,194 @@
+"""The table of the proof: means over seeds with 95 % intervals, per release, rate, rule and method.
+
+An interval is that of Student's t over the seeds, of which there are few: it is wide, and honest.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cpt.model.weights.mxfp4 import EXPONENT_RULES
+from mxfp4_parts.cells import METHODS
+
+T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571)
+"""Student's t for 95 %, by degrees of freedom."""
+LEAST_WORTH = 0.0005
+"""Bits per byte that the experts must have learned before a share of it is told."""
+
+Measure = Callable[[dict[str, Any]], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean over seeds, and half the width of its 95 % interval; NaN with a single seed."""
+
+    mean: float
+    half: float
+    count: int
+
+    def text(self, spec: str) -> str:
+        """Return it for a table, in a format such as `.1f`."""
+        if math.isnan(self.half):
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} \u00b1 {self.half:{spec.lstrip('+')}}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of some values with its interval."""
+    mean = statistics.fmean(values)
+    count = len(values)
+    if count < 2:
+        return Interval(mean, math.nan, count)
+    half = T_95[count - 1] * statistics.stdev(values) / math.sqrt(count)
+    return Interval(mean, half, count)
+
+
+def worth(result: dict[str, Any]) -> float:
+    """Return what the experts' matrices learned, in bits per byte of Japanese."""
+    trained: float = result["trained"]["japanese"]
+    without: float = result["base_experts"]["japanese"]
+    return without - trained
+
+
+def survived(result: dict[str, Any], method: str, rule: str) -> float:
+    """Return the share of what the experts learned that an export still has; NaN if it is noise."""
+    learned = worth(result)
+    if learned < LEAST_WORTH:
+        return math.nan
+    exported: float = result[method][rule]["held_out"]["japanese"]
+    without: float = result["base_experts"]["japanese"]
+    return (without - exported) / learned
+
+
+def cost(result: dict[str, Any], method: str, rule: str, domain: str) -> float:
+    """Return the bits per byte that an export has more than the model trained without rounding."""
+    exported: float = result[method][rule]["held_out"][domain]
+    trained: float = result["trained"][domain]
+    return exported - trained
+
+
+def saved(result: dict[str, Any], rule: str) -> float:
+    """Return the bits per byte of Japanese that MXFP4-aware training saves, by the same rule."""
+    return cost(result, "plain", rule, "japanese") - cost(result, "aware", rule, "japanese")
+
+
+def groups(results: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
+    """Return the results by release and learning rate, in their order."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for result in results:
+        found.setdefault((result["arm"], result["lr"]), []).append(result)
+    return dict(sorted(found.items(), key=lambda item: (_arm_order(item[0][0]), item[0][1])))
+
+
+def _arm_order(arm: str) -> tuple[bool, bool]:
+    return "converged" in arm, "ceil" in arm
+
+
+def mean_of(group: Sequence[dict[str, Any]], measure: Measure) -> Interval:
+    """Return the mean of a measure over the seeds of a group, without those where it is NaN."""
+    values = [value for value in map(measure, group) if not math.isnan(value)]
+    return interval(values) if values else Interval(math.nan, math.nan, 0)
+
+
+def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the table as JSON: every release, rate, method and rule."""
+    rows = []
+    for (arm, lr), group in groups(results).items():
+        for method in METHODS:
+            for rule in EXPONENT_RULES:
+                rows.append(_row(arm, lr, group, method, rule))
+    return rows
+
+
+def _row(
+    arm: str, lr: float, group: Sequence[dict[str, Any]], method: str, rule: str
+) -> dict[str, Any]:
+    measures: dict[str, Measure] = {
+        "survived": lambda result: survived(result, method, rule),
+        "cost_japanese": lambda result: cost(result, method, rule, "japanese"),
+        "cost_english": lambda result: cost(result, method, rule, "english"),
+        "kept": lambda result: float(result[method][rule]["kept"]),
+        "noise": lambda result: float(result[method][rule]["noise"]),
+        "changed": lambda result: float(result[method][rule]["changed"]),
+        "error": lambda result: float(result[method][rule]["error"]),
+    }
+    row: dict[str, Any] = {"arm": arm, "lr": lr, "method": method, "rule": rule}
+    row["seeds"] = len(group)
+    for name, measure in measures.items():
+        found = mean_of(group, measure)
+        row[name] = [found.mean, found.half]
+    return row
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Return the table of Markdown: one line for each release and learning rate."""
+    header = ["release", "lr", "moved %", "learned mbit/byte"]
+    for method in METHODS:
+        header += [f"{method}: {rule} %" for rule in EXPONENT_RULES]
+    lines = []
+    for (arm, lr), group in groups(results).items():
+        line = [arm, f"{lr:g}"]
+        line.append(mean_of(group, lambda result: 100 * float(result["moved"])).text(".1f"))
+        line.append(mean_of(group, lambda result: 1000 * worth(result)).text(".1f"))
+        for method in METHODS:
+            for rule in EXPONENT_RULES:
+                line.append(_survived_text(group, method, rule))
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table of Markdown."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _survived_text(group: Sequence[dict[str, Any]], method: str, rule: str) -> str:
+    return mean_of(group, lambda result: 100 * survived(result, method, rule)).text(".0f")
+
+
+def english_table(results: Sequence[dict[str, Any]]) -> str:
+    """Return the table of what an export changes in held-out English, in mbit/byte."""
+    header = ["release", "lr", "training mbit/byte"]
+    for method in METHODS:
+        header += [f"{method}: {rule}" for rule in EXPONENT_RULES]
+    lines = []
+    for (arm, lr), group in groups(results).items():
+        line = [arm, f"{lr:g}", mean_of(group, _english_by_training).text("+.1f")]
+        for method in METHODS:
+            for rule in EXPONENT_RULES:
+                line.append(_english_text(group, method, rule))
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
+def _english_by_training(result: dict[str, Any]) -> float:
+    return 1000 * float(result["trained"]["english"] - result["released"]["english"])
+
+
+def _english_text(group: Sequence[dict[str, Any]], method: str, rule: str) -> str:
+    measured = mean_of(group, lambda result: 1000 * cost(result, method, rule, "english"))
+    return measured.text("+.1f")
+
+
+def verdict(results: Sequence[dict[str, Any]]) -> str:
+    """Return in words how often each rule lost least, and how often training for it helped."""
+    lines = []
+    for method in METHODS:
+        best = dict.fromkeys(EXPONENT_RULES, 0)
+        for result in results:
+            best[min(EXPONENT_RULES, key=_japanese_cost(result, method))] += 1
+        counts = ", ".join(f"{rule} {count}" for rule, count in best.items())
+        lines.append(f"{method}: lowest loss of Japanese by {counts} of {len(results)} cells")
+    for rule in EXPONENT_RULES:
+        helped = sum(saved(result, rule) > 0 for result in results)
+        lines.append(f"{rule}: MXFP4-aware training helped in {helped} of {len(results)} cells")
+    return "\n".join(lines)
+
+
+def _japanese_cost(result: dict[str, Any], method: str) -> Callable[[str], float]:
+    return lambda rule: cost(result, method, rule, "japanese")

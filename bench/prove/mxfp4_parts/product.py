@@ -1,0 +1,159 @@
+"""One cell of the proof again, through cpt/run.py and cpt export, beside the same in one process.
+
+The rows, the schedule and the seeds are the same, so the figures must agree up to the order of
+sums in fp32, and the bf16 in which an export has what is not rounded to MXFP4.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from guard_parts import launching
+from safetensors.torch import save_file
+
+from cpt.config.precision_sections import ExponentRule
+from cpt.telemetry.metrics import read_events
+from mxfp4_parts.cells import finetuning
+from mxfp4_parts.scale import Scale
+from mxfp4_parts.texts import DOMAINS, JAPANESE, write_mix
+from mxfp4_parts.training import Weights, model_config
+
+AWARE_RULE: ExponentRule = "floor"
+"""The rule of the MXFP4-aware run."""
+
+
+def write_release(folder: Path, scale: Scale, weights: Weights) -> Path:
+    """Write a release as a Hugging Face directory in fp32, and return it."""
+    out = folder / "release"
+    if not (out / "model.safetensors").exists():
+        config = model_config(scale)
+        config.architectures = ["GptOssForCausalLM"]
+        config.dtype = torch.float32
+        config.save_pretrained(out)
+        save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def run_product(
+    folder: Path, scale: Scale, cell: dict[str, Any], release: Weights
+) -> dict[str, Any]:
+    """Run a cell through the product's commands, unless that is done, and compare the figures.
+
+    Args:
+        folder: Folder of the proof.
+        scale: Sizes.
+        cell: The result of the same cell in one process.
+        release: The weights that it began with.
+
+    Returns:
+        By name of a figure: that of the one process, that of the product, and their difference.
+    """
+    out = folder / "product"
+    out.mkdir(exist_ok=True)
+    base = write_release(out, scale, release)
+    plain = launching.train(out / "plain", _run_yaml(folder, scale, cell, base))
+    quantize = {"experts": "mxfp4", "start_step": scale.aware_from, "exponent": AWARE_RULE}
+    aware_yaml = _run_yaml(folder, scale, cell, base)
+    aware_yaml["train"]["quantize"] = quantize
+    aware = launching.train(out / "aware", aware_yaml)
+    rules = _score_rules(plain, base, out / "export")
+    return compared(cell, _scores(plain, 0), _scores(plain, -1), _scores(aware, -1), rules)
+
+
+def _run_yaml(folder: Path, scale: Scale, cell: dict[str, Any], base: Path) -> dict[str, Any]:
+    section = finetuning(scale, cell["lr"])
+    mix = write_mix(folder, scale, cell["seed"], JAPANESE)
+    train = {
+        "total_steps": section.total_steps,
+        "seq_len": scale.seq_len,
+        "global_batch_size": scale.global_batch_size,
+        "micro_batch_size": scale.global_batch_size,
+        "lr": section.lr,
+        "schedule": section.schedule,
+        "warmup_steps": section.warmup_steps,
+        "dtype": "fp32",
+        "threads": 1,
+    }
+    return {
+        "model": {"path": str(base)},
+        "data": {"mix": str(mix), "build_dir": str(folder / "build")},
+        "train": train,
+        "guard": {"policy": "warn"},
+    }
+
+
+def _scores(run_dir: Path, place: int) -> dict[str, float]:
+    """Return a measurement of the guard by domain: the first or the last of a run."""
+    found = {}
+    for domain in DOMAINS:
+        values = []
+        for event in read_events(run_dir / "metrics.jsonl"):
+            if event["event"] == "guard" and event["domain"] == domain:
+                values.append(float(event["bits_per_byte"]))
+        found[domain] = values[place]
+    return found
+
+
+def _score_rules(run_dir: Path, base: Path, out: Path) -> dict[str, Any]:
+    """Export a run with `--score_rules` unless that is done, and return what it says."""
+    file = out / "mxfp4_rules.json"
+    if not file.exists():
+        arguments = ["export", "--run_dir", str(run_dir), "--base", str(base), "--out", str(out)]
+        arguments += ["--format", "mxfp4", "--score_rules", "--exponent", AWARE_RULE]
+        launching.run_script("command.py", arguments, out.with_suffix(".log"))
+    rules: dict[str, Any] = json.loads(file.read_text())
+    return rules
+
+
+def compared(
+    cell: dict[str, Any],
+    first: dict[str, float],
+    trained: dict[str, float],
+    aware: dict[str, float],
+    rules: dict[str, Any],
+) -> dict[str, Any]:
+    """Return every figure of a cell as one process has it, as the product has it, and how near.
+
+    Args:
+        cell: The result of one process.
+        first: The guard's measurement of the release, by domain.
+        trained: Its measurement after the plain run.
+        aware: Its measurement after the MXFP4-aware run, of the weights that would be served.
+        rules: What `cpt export --score_rules` says of the plain run.
+    """
+    pairs: dict[str, tuple[float, float]] = {}
+    for domain in DOMAINS:
+        pairs[f"released, {domain}"] = (cell["released"][domain], first[domain])
+        pairs[f"trained, {domain}"] = (cell["trained"][domain], trained[domain])
+        own = cell["aware"][AWARE_RULE]["held_out"][domain]
+        pairs[f"aware {AWARE_RULE}, {domain}"] = (own, aware[domain])
+    for rule, found in rules["rules"].items():
+        own = cell["plain"][rule]
+        pairs[f"kept, {rule}"] = (own["kept"], found["all_expert_matrices"]["kept"])
+        for one in found["held_out"]:
+            domain = one["domain"]
+            exported = (own["held_out"][domain], one["bits_per_byte_exported"])
+            pairs[f"exported {rule}, {domain}"] = exported
+            without = (cell["base_experts"][domain], one["bits_per_byte_base_experts"])
+            pairs[f"base experts, {domain}"] = without
+    figures = {}
+    for name, (own, product) in pairs.items():
+        figures[name] = {"one_process": own, "product": product, "difference": product - own}
+    return {"cell": {key: cell[key] for key in ("arm", "seed", "lr")}, "figures": figures}
+
+
+def told(comparison: dict[str, Any]) -> str:
+    """Return how near the product is to one process, in words."""
+    parts = []
+    for name in ("released", "trained", "base experts", "exported", "aware", "kept"):
+        found = []
+        for figure, values in comparison["figures"].items():
+            if figure.startswith(name):
+                found.append(abs(values["difference"]))
+        parts.append(f"{name} {max(found):.1e}")
+    cell = comparison["cell"]
+    where = f"{cell['arm']}, seed {cell['seed']}, lr {cell['lr']:g}"
+    return f"the product beside one process ({where}), largest difference: {', '.join(parts)}"
