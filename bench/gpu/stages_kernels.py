@@ -17,10 +17,12 @@ from cpt.model.experts.dispatch import Assignment
 from cpt.model.experts.grouped import Groups
 from cpt.model.experts.layer import LocalExperts
 from cpt.model.experts.packed import PackedMatrices
+from cpt.model.kernels.block_rounding import round_blocks, round_by_definition, round_into
 from cpt.model.kernels.packed_weights import decode_mxfp4
 from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import EXPERT_TENSORS
 from gpu.stages import Options, Planned, milliseconds, relative_error
+from tests.support.mxfp4_blocks import as_matrices, bits, hard_blocks
 
 BF16 = torch.bfloat16
 
@@ -265,6 +267,37 @@ def packed_experts(options: Options) -> dict[str, Any]:
     return found
 
 
+def mxfp4_rounds_alike(options: Options) -> dict[str, Any]:
+    """Compare the kernel that rounds to MXFP4 with the definition, in bits and in time.
+
+    Every kind of block is compared with the host; the first matrices of one layer's experts with
+    the definition on the device.
+    """
+    found: dict[str, Any] = {}
+    hard = as_matrices(hard_blocks(options.size(300, 10)), 96)
+    shape = (options.size(32, 2), options.size(2880, 64), options.size(5760, 96))
+    matrices = torch.randn(shape, device=options.device, dtype=BF16) * 0.02
+    for rule in mxfp4.EXPONENT_RULES:
+        for dtype in (BF16, torch.float32):
+            on_host = mxfp4.rounded(hard.to(dtype), rule)
+            on_device = round_blocks(hard.to(options.device, dtype), rule)
+            same = torch.equal(bits(on_host), bits(on_device))
+            found[f"{rule}, {dtype}: same bits"] = same
+        by_definition = torch.empty_like(matrices)
+        by_kernel = torch.empty_like(matrices)
+        definition = functools.partial(round_by_definition, matrices, rule, by_definition)
+        kernel = functools.partial(round_into, matrices, rule, by_kernel)
+        definition_ms = milliseconds(definition, options, rounds=2)
+        kernel_ms = milliseconds(kernel, options)
+        found[f"{rule}, one layer"] = {
+            "same bits": torch.equal(by_definition.view(torch.int16), by_kernel.view(torch.int16)),
+            "definition_ms": definition_ms,
+            "kernel_ms": kernel_ms,
+            "kernel_TB_s": 2 * matrices.nbytes / kernel_ms / 1e9,
+        }
+    return found
+
+
 STAGES = (
     Planned(doctor, 5),
     Planned(ceilings, 5),
@@ -273,4 +306,5 @@ STAGES = (
     Planned(experts_speed, 15),
     Planned(mxfp4_decodes_alike, 5),
     Planned(packed_experts, 15),
+    Planned(mxfp4_rounds_alike, 15),
 )

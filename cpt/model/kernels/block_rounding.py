@@ -82,7 +82,7 @@ def round_mxfp4(values_nCR: torch.Tensor, rule: str, out_nCR: torch.Tensor) -> N
     elif values_nCR.device.type == "cpu":
         round_by_bits(values_nCR, _as_rule(rule), out_nCR)
     else:
-        _round_in_pieces(values_nCR, _as_rule(rule), out_nCR)
+        round_by_definition(values_nCR, _as_rule(rule), out_nCR)
 
 
 @round_mxfp4.register_fake
@@ -97,8 +97,8 @@ def _as_rule(name: str) -> ExponentRule:
     raise ValueError(f"{name} is no rule for exponents; there are {mxfp4.EXPONENT_RULES}.")
 
 
-def _round_in_pieces(values: torch.Tensor, rule: ExponentRule, out: torch.Tensor) -> None:
-    """Round by the definition, which does not wait for the device."""
+def round_by_definition(values: torch.Tensor, rule: ExponentRule, out: torch.Tensor) -> None:
+    """Write the rounded values as `mxfp4.rounded` makes them, in pieces; the host does not wait."""
     outputs = values.shape[-1]
     if values.numel() == 0:
         return

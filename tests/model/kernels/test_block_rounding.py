@@ -129,7 +129,7 @@ def test_device_without_the_kernel_rounds_by_the_definition_in_pieces(
     definition = mock.Mock(side_effect=mxfp4.rounded)
     monkeypatch.setattr(mxfp4, "rounded", definition)
     monkeypatch.setattr(block_rounding, "PIECE_VALUES", 2 * 32 * 20)
-    block_rounding._round_in_pieces(values, rule, values)
+    block_rounding.round_by_definition(values, rule, values)
     assert [len(call.args[0]) for call in definition.call_args_list] == [2, 2, 2]
     assert torch.equal(bits(values), bits(expected))
 
