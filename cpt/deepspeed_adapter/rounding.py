@@ -30,12 +30,10 @@ import torch
 from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.partition import full_local_shape
 
-RoundBlocks = Callable[[torch.Tensor], torch.Tensor]
-"""Rounds values (n, B, R); the result has their shape and dtype."""
+RoundBlocks = Callable[[torch.Tensor], None]
+"""Rounds values (n, B, R) in place."""
 LARGEST_PIECE = 1 << 22
-"""Weights that are rounded at once, if a block column has no more; what rounding holds besides its
-result is in proportion to them.
-"""
+"""Weights that travel to the device at once, if a block column has no more."""
 
 
 def is_expert_matrix(parameter: Any) -> bool:
@@ -81,12 +79,12 @@ def publish_rounded_experts(
     They hold the master weights in working precision when this is called, or were rounded before
     by a function that leaves its own results alone. All ranks call it together.
 
-    Besides the weights this takes the memory of one piece on `device`: of `LARGEST_PIECE` weights,
-    or one block column, times what `round_blocks` holds for each.
+    Besides the weights this takes what `round_blocks` does; for weights that lie on the host of a
+    GPU also a piece on the GPU, of `LARGEST_PIECE` weights or one block column.
 
     Args:
         engine: The DeepSpeed engine.
-        round_blocks: Rounds values (n, block_inputs, R) on `device`.
+        round_blocks: Rounds values (n, block_inputs, R) on `device` in place.
         block_inputs: Inputs of a block.
         device: The device that computes; weights on the host travel to it in pieces.
     """
@@ -115,8 +113,14 @@ def _round_in_place(
 ) -> None:
     """Round consecutive weights of a matrix, which are whole block columns."""
     outputs = full_local_shape(parameter)[2]
-    for piece_nBR in _pieces(flat.view(-1, block_inputs, outputs)):
-        piece_nBR.copy_(round_blocks(piece_nBR.to(device)))
+    columns_nBR = flat.view(-1, block_inputs, outputs)
+    if columns_nBR.device.type == device.type:
+        round_blocks(columns_nBR)
+        return
+    for piece_nBR in _pieces(columns_nBR):
+        on_device_nBR = piece_nBR.to(device)
+        round_blocks(on_device_nBR)
+        piece_nBR.copy_(on_device_nBR)
 
 
 def _pieces(columns_nBR: torch.Tensor) -> Iterator[torch.Tensor]:

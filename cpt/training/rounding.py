@@ -19,6 +19,7 @@ import torch
 
 from cpt.config.precision_sections import QuantizeSection
 from cpt.deepspeed_adapter.rounding import publish_rounded_experts, separate_masters
+from cpt.model.kernels.block_rounding import round_blocks_
 from cpt.model.weights import mxfp4
 from cpt.resilience.faults import fault_point
 from cpt.resilience.phase import PhaseClock
@@ -69,7 +70,7 @@ class ExpertRounding:
         fault_point("rounding", steps_done)
         rule = self._section.exponent
         publish_rounded_experts(
-            self._deepspeed, partial(mxfp4.rounded, rule=rule), mxfp4.BLOCK, self._device
+            self._deepspeed, partial(round_blocks_, rule=rule), mxfp4.BLOCK, self._device
         )
         if not self._is_told:
             self._is_told = True
