@@ -13,9 +13,10 @@ from cpt.deepspeed_adapter.experts import experts_may_be_frozen
 from cpt.deepspeed_adapter.offload import (
     move_frozen_weights,
     nvme_paths,
+    offloaded_state,
+    offloads_optimizer,
     on_host,
     place_gradients,
-    state_in_files,
 )
 from cpt.deepspeed_adapter.shards import create_optimizer_state
 from cpt.deepspeed_adapter.version import Feature, check_private_code
@@ -34,6 +35,8 @@ def check_internals(engine_json: dict[str, Any]) -> None:
     else:
         features.append("ZeRO-1 or 2")
     paths = nvme_paths(engine_json)
+    if offloads_optimizer(engine_json):
+        features.append("offloaded optimizer")
     if "offload_optimizer" in paths:
         features.append("NVMe optimizer")
     if "offload_param" in paths:
@@ -59,10 +62,11 @@ def initialize(
     config = {**on_host(engine_json), "timers": {"throughput": {"enabled": False}}}
     is_stage3 = engine_json["zero_optimization"]["stage"] == 3
     frozen_experts = nullcontext() if is_stage3 else experts_may_be_frozen(model)
-    with state_in_files(files), frozen_experts:
+    with offloaded_state(engine_json, files), frozen_experts:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if offloads_optimizer(engine_json):
+        place_gradients(engine.optimizer, files.get("offload_optimizer"))
     if "offload_optimizer" in files:
-        place_gradients(engine.optimizer, files["offload_optimizer"])
         create_optimizer_state(engine, files["offload_optimizer"].zeros_like)
     if "offload_param" in files:
         move_frozen_weights(model, files["offload_param"])

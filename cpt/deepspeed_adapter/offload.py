@@ -1,11 +1,15 @@
-"""State on NVMe: DeepSpeed takes it for host memory, and that memory is a file
-(cpt/storage/file_memory.py).
+"""Offloaded state of ZeRO-3: gradients are held once, and state on NVMe lies in mapped files.
 
-DeepSpeed's own swapper holds such state in files of which it reads a group at a time: no save,
-resume or gradient norm would see it.
+DeepSpeed takes state on NVMe for host memory, and that memory is a file
+(cpt/storage/file_memory.py). Its own swapper holds such state in files of which it reads a group at
+a time: no save, resume or gradient norm would see it.
 
-`state_in_files` replaces methods of DeepSpeed while an engine is built. The sources of the replaced
-methods are compared with those that were read before an engine is built
+Where the optimizer state is on the host, DeepSpeed adds gradients up in one buffer and copies them
+to another, which Adam reads. Here both are the same memory if they have the same dtype: the copy
+rounds nothing then, and the next step overwrites the buffer before it reads it.
+
+`offloaded_state` replaces methods of DeepSpeed while an engine is built. The sources of the
+replaced methods are compared with those that were read before an engine is built
 (`RELIED_ON` in cpt/deepspeed_adapter/version.py).
 
 Read in deepspeed 0.19.8: runtime/zero/stage3.py, runtime/zero/offload_config.py.
@@ -44,7 +48,7 @@ def file_bytes(model: nn.Module, engine_json: dict[str, Any]) -> dict[str, int]:
 
     The parameters of the model are partitioned already.
     """
-    bytes_per_trained = OPTIMIZER_BYTES + host_gradient_bytes(zero_stage=3)
+    bytes_per_trained = OPTIMIZER_BYTES + host_gradient_bytes(engine_json)
     optimizer_bytes = 0
     weight_bytes = 0
     parameters: list[Any] = list(model.parameters())
@@ -67,15 +71,15 @@ def on_host(engine_json: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def state_in_files(files: dict[str, FileMemory]) -> Iterator[None]:
+def offloaded_state(engine_json: dict[str, Any], files: dict[str, FileMemory]) -> Iterator[None]:
     """Replace the methods of DeepSpeed's ZeRO-3 optimizer that allocate state on the host.
 
     An engine that is built inside the block takes its weights, master weights and their gradients
     from `files`, by key of the DeepSpeed JSON. They are never in other memory, not even while the
     engine is built, because they might not fit. `place_gradients` completes the work after the
-    block.
+    block, for optimizer state in files and in host memory alike.
     """
-    replacements: dict[str, partialmethod[None]] = {}
+    replacements: dict[str, Any] = {}
     if "offload_param" in files:
         memory = files["offload_param"]
         replacements["_create_param_groups_fp16_flat_cpu_memory"] = partialmethod(
@@ -84,9 +88,9 @@ def state_in_files(files: dict[str, FileMemory]) -> Iterator[None]:
     if "offload_optimizer" in files:
         memory = files["offload_optimizer"]
         replacements["_create_fp32_partitions"] = partialmethod(_create_masters, memory=memory)
-        replacements["initialize_optimizer_states"] = partialmethod(
-            _create_master_gradients, memory=memory
-        )
+        replacements["initialize_optimizer_states"] = _leave_gradients_in_files
+    elif offloads_optimizer(engine_json):
+        replacements["initialize_optimizer_states"] = _leave_gradients
     replaced = {name: getattr(DeepSpeedZeroOptimizer_Stage3, name) for name in replacements}
     try:
         for name, method in replacements.items():
@@ -95,6 +99,12 @@ def state_in_files(files: dict[str, FileMemory]) -> Iterator[None]:
     finally:
         for name, method in replaced.items():
             setattr(DeepSpeedZeroOptimizer_Stage3, name, method)
+
+
+def offloads_optimizer(engine_json: dict[str, Any]) -> bool:
+    """Return whether ZeRO-3 keeps the optimizer state off the device."""
+    zero = engine_json["zero_optimization"]
+    return zero["stage"] == 3 and "offload_optimizer" in zero
 
 
 def _create_weights(zero: Any, memory: FileMemory) -> None:
@@ -119,30 +129,48 @@ def _create_masters(zero: Any, memory: FileMemory) -> None:
         group["params"] = []  # DeepSpeed fills them in before a step
 
 
-def _create_master_gradients(zero: Any, memory: FileMemory) -> None:
-    """Allocate the gradients that Adam reads (`initialize_optimizer_states`).
+def _leave_gradients(zero: Any) -> None:
+    """Allocate no gradients for Adam (`initialize_optimizer_states`)."""
+
+
+def _leave_gradients_in_files(zero: Any) -> None:
+    """Allocate no gradients for Adam, nor memory for those that add up.
 
     Right after this method DeepSpeed allocates the buffer in which gradients add up, on
     `zero.device`. On the meta device that takes no memory, and `place_gradients` replaces the
     buffer.
     """
-    for master in zero.fp32_partitioned_groups_flat:
-        master.grad = memory.zeros_like(master)
     zero.device = torch.device("meta")
 
 
-def place_gradients(zero: Any, memory: FileMemory) -> None:
-    """Put the buffer in which gradients add up over the accumulation steps into `memory`.
+def place_gradients(zero: Any, memory: FileMemory | None) -> None:
+    """Give Adam the gradients that add up over the accumulation steps.
 
-    DeepSpeed keeps a view of the buffer for every parameter, in a dictionary whose name Python has
-    mangled.
+    DeepSpeed keeps a view of their buffer for every parameter, in a dictionary whose name Python
+    has mangled. The parameters of a group follow each other in it as in the group's master weights.
+
+    Args:
+        zero: The ZeRO-3 optimizer.
+        memory: Where the buffer is to be; None if it is where DeepSpeed has put it.
     """
-    zero.device = OffloadDeviceEnum.cpu
-    buffer = memory.zeros_like(zero.grad_partitions_flat_buffer)
-    zero.grad_partitions_flat_buffer = buffer
-    views = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-    for key, view in views.items():
-        views[key] = buffer.narrow(0, view.storage_offset(), view.numel())
+    buffer = zero.grad_partitions_flat_buffer
+    if memory is not None:
+        zero.device = OffloadDeviceEnum.cpu
+        buffer = memory.zeros_like(buffer)
+        zero.grad_partitions_flat_buffer = buffer
+        views = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        for key, view in views.items():
+            views[key] = buffer.narrow(0, view.storage_offset(), view.numel())
+    start = 0
+    for master in zero.fp32_partitioned_groups_flat:
+        if buffer.dtype == master.dtype:
+            master.grad = buffer.narrow(0, start, master.numel())
+        elif memory is not None:
+            master.grad = memory.zeros_like(master)
+        else:
+            master.grad = torch.zeros_like(master, pin_memory=buffer.is_pinned())
+        start += master.numel()
+    assert start == buffer.numel(), f"{start} master weights and {buffer.numel()} gradients"
 
 
 def move_frozen_weights(model: nn.Module, memory: FileMemory) -> None:

@@ -26,7 +26,9 @@ from cpt.errors import ConfigError
 
 TESTED_VERSIONS = ("0.19.8",)
 
-Feature = Literal["experts", "ZeRO-1 or 2", "ZeRO-3", "NVMe optimizer", "NVMe weights"]
+Feature = Literal[
+    "experts", "ZeRO-1 or 2", "ZeRO-3", "offloaded optimizer", "NVMe optimizer", "NVMe weights"
+]
 """A part of this room that relies on private code of DeepSpeed."""
 
 
@@ -69,14 +71,21 @@ RELIED_ON: dict[Feature, tuple[PrivateCode, ...]] = {
         PrivateCode(Init, "_convert_to_zero_parameters", "df65a7124c1cdc9c"),
         PrivateCode(Init, "_convert_to_deepspeed_param", "77281d2526a148fb"),
     ),
-    # offload.py replaces the first two methods. The third makes the buffer and the dictionary that
-    # `place_gradients` replaces.
-    "NVMe optimizer": (
-        PrivateCode(DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", "2d22754c23f57f29"),
+    # offload.py replaces the first method. The second makes the buffer and the dictionary that
+    # `place_gradients` uses; the last two write to them.
+    "offloaded optimizer": (
         PrivateCode(
             DeepSpeedZeroOptimizer_Stage3, "initialize_optimizer_states", "e7929e87483515f8"
         ),
         PrivateCode(DeepSpeedZeroOptimizer_Stage3, "_setup_for_real_optimizer", "501df2275cc2960c"),
+        PrivateCode(DeepSpeedZeroOptimizer_Stage3, "partition_grads", "93119b25314ec6d3"),
+        PrivateCode(
+            DeepSpeedZeroOptimizer_Stage3, "_offload_grad_partition_at_boundary", "0a84c049d8c77972"
+        ),
+    ),
+    # offload.py replaces this method.
+    "NVMe optimizer": (
+        PrivateCode(DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", "2d22754c23f57f29"),
     ),
     # offload.py replaces this method.
     "NVMe weights": (

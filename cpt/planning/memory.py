@@ -281,7 +281,7 @@ def host_memory(
     parts: dict[str, int] = {}
     if zero.get("offload_optimizer", {}).get("device") == place:
         parts["optimizer"] = OPTIMIZER_BYTES * trained
-        parts["gradients"] = host_gradient_bytes(config.zero_stage) * trained
+        parts["gradients"] = host_gradient_bytes(config.engine_json) * trained
     if zero.get("offload_param", {}).get("device") == place:
         parts["weights"] = config.itemsize * ((counts.dense + counts.experts) // config.world_size)
     if config.model.offload_checkpoints and place == "cpu":

@@ -9,7 +9,7 @@ import pytest
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from cpt.deepspeed_adapter.engine import check_internals
-from cpt.deepspeed_adapter.offload import state_in_files
+from cpt.deepspeed_adapter.offload import offloaded_state
 from cpt.deepspeed_adapter.version import RELIED_ON, check_private_code
 from cpt.errors import ConfigError
 from cpt.storage.file_memory import FileMemory
@@ -61,7 +61,8 @@ def test_every_replaced_method_is_compared_and_is_back_after_the_block(tmp_path:
 
     before = methods()
     blocks = ("offload_optimizer", "offload_param")
-    with state_in_files({name: FileMemory(tmp_path, 0) for name in blocks}):
+    files = {name: FileMemory(tmp_path, 0) for name in blocks}
+    with offloaded_state(ZERO3, files):
         replaced = {name for name, method in methods().items() if method is not before[name]}
     compared = {code.name for feature in RELIED_ON.values() for code in feature}
     assert len(replaced) == 3 and replaced <= compared

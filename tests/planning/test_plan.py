@@ -191,8 +191,8 @@ def test_offloading_moves_memory_from_device_to_host() -> None:
     moved = estimated(
         gpus=16, offloads=("offload_optimizer", "offload_param"), offload_checkpoints=True
     )
-    for part, copies in (("weights", 1), ("gradients", 2), ("optimizer", 1)):
-        assert moved.memory[part] == 0 and moved.host[part] == copies * plain.memory[part]
+    for part in ("weights", "gradients", "optimizer"):
+        assert moved.memory[part] == 0 and moved.host[part] == plain.memory[part]
     assert moved.nvme == plain.nvme == {}
     inputs = 24 * 4096 * 2880 * 2
     assert moved.host["layer inputs"] == inputs
