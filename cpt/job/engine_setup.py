@@ -28,7 +28,8 @@ from cpt.model.freezing import freeze
 from cpt.model.missing_model import is_checkpoint
 from cpt.model.parameters import parameter_shapes
 from cpt.model.products.choice import choose_products, products_summary
-from cpt.model.products.layers import ChosenProducts, put_products
+from cpt.model.products.layers import ChosenProducts, eight_bit_matrices, put_products
+from cpt.model.products.probe import run_probe as run_products_probe
 from cpt.model.weights.checksums import damaged, known_sums
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.random_init import RandomWeights
@@ -153,16 +154,16 @@ def probe_attention(
 def agreed_products(
     config: RunConfig, model_config: GptOssConfig, topology: Topology
 ) -> ChosenProducts | None:
-    """Return how the run computes its 8-bit products; None if it has none.
+    """Return how the run computes its 8-bit products, after a probe; None if it has none.
 
     Raises:
-        ConfigError: on all ranks: one cannot, or they would not all compute alike.
+        ConfigError: on all ranks: one cannot or is wrong, or they would not all compute alike.
     """
     group = topology.control_group
     section = config.train.products
     if not section.is_on:
         return None
-    choose = partial(choose_products, section, model_config, topology.device)
+    choose = partial(choose_products, section, model_config, topology.device, config.dtype)
     chosen = together(group, choose)
     assert chosen is not None
     summaries = gather_json(products_summary(chosen), group)
@@ -172,6 +173,11 @@ def agreed_products(
                 f"train.products: rank 0 would compute {summaries[0]}, rank {rank} {summary}. "
                 "Give all ranks the same GPUs and software, or remove train.products."
             )
+    matrices = eight_bit_matrices(section, model_config)
+    probe = partial(run_products_probe, chosen, matrices, topology.device, config.dtype)
+    findings = together(group, probe)
+    error = max(finding.to_definition for finding in findings)
+    log.info("8-bit products agree with their definition: largest relative error %.1e", error)
     return chosen
 
 

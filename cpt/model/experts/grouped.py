@@ -68,6 +68,8 @@ def product(
     if isinstance(matrices_EKN, PackedMatrices):
         return _product_with_packed(rows_RK, matrices_EKN, groups, grouped, eight_bit)
     if eight_bit is not None:
+        if eight_bit.by_kernel:
+            return eight_bit.grouped_product(rows_RK, matrices_EKN, groups.ends_E)
         rows_RK = eight_bit.left(rows_RK)
         matrices_EKN = eight_bit.right(matrices_EKN)
     if grouped and pads(rows_RK):

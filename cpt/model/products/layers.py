@@ -5,7 +5,8 @@ Router, lm_head, embeddings, norms and adapters are never among them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import GptOssConfig
@@ -48,6 +49,8 @@ class ChosenProducts:
     """Those of the projections of attention."""
     layers: range
     """The layers in which there are any."""
+    why_emulated: Mapping[str, str] = field(default_factory=dict)
+    """Why no kernel computes those of `experts` or of `attention`, where none does."""
 
 
 def eight_bit_layers(section: ProductsSection, num_layers: int) -> range:

@@ -138,8 +138,19 @@ def launch_rounding() -> None:
     triton_block_rounding.round_values(wide, "least", narrow)
 
 
+def launch_e4m3() -> None:
+    from cpt.model.kernels import triton_e4m3
+
+    codes = torch.empty(EXPERTS, SIZE, SIZE, dtype=torch.float8_e4m3fn)
+    for num_scales in (1, SIZE // 32):
+        scales = torch.empty(EXPERTS, SIZE, num_scales)
+        triton_e4m3.encode_rows(bf16(EXPERTS, SIZE), codes[0, :EXPERTS], scales[0, :EXPERTS])
+        triton_e4m3.encode_columns(bf16(EXPERTS, SIZE, SIZE), codes, scales)
+
+
 def launch_all() -> None:
     launch_experts()
+    launch_e4m3()
     launch_decoding()
     launch_rounding()
     launch_rows()
