@@ -39,7 +39,7 @@ MOST_COLUMNS = 320
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ProductError:
     """The errors of one product."""
 
     case: str
@@ -62,7 +62,7 @@ def run_probe(
     matrices: tuple[EightBitMatrix, ...],
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[Finding, ...]:
+) -> tuple[ProductError, ...]:
     """Compare the 8-bit products of a run with their definition, and refuse wrong ones.
 
     Args:
@@ -101,7 +101,7 @@ def measure(
     matrices: tuple[EightBitMatrix, ...],
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[Finding]:
+) -> Iterator[ProductError]:
     """Yield the errors of both products with each matrix."""
     draw = _Drawing(device, dtype)
     for matrix in matrices:
@@ -144,7 +144,7 @@ class _Drawing:
 
 def _compared(
     case: str, rows_RK: torch.Tensor, right_EKN: torch.Tensor, eight_bit: EightBit
-) -> Finding:
+) -> ProductError:
     of_experts = right_EKN.shape[0] > 1
     counts = COUNTS if of_experts else (sum(COUNTS),)
     if of_experts:
@@ -158,7 +158,7 @@ def _compared(
     definition_RN = _in_float64(rounded_rows, rounded_right, counts)
     exact_RN = _in_float64(rows_RK, right_EKN, counts)
     limit = LIMITS[rows_RK.dtype]
-    return Finding(case, _error(got_RN, definition_RN), _error(got_RN, exact_RN), limit)
+    return ProductError(case, _error(got_RN, definition_RN), _error(got_RN, exact_RN), limit)
 
 
 def _in_float64(

@@ -14,7 +14,7 @@ from cpt.errors import ConfigError
 from cpt.model.configuration import PRESETS
 from cpt.model.products import recipe, scaled
 from cpt.model.products.layers import ChosenProducts, eight_bit_matrices
-from cpt.model.products.probe import Finding, run_probe
+from cpt.model.products.probe import ProductError, run_probe
 from cpt.model.products.recipe import EightBit
 
 MODEL = GptOssConfig(**PRESETS["tiny"])
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 both_scalings = pytest.mark.parametrize("scaling", ["rows", "blocks"])
 
 
-def probe(eight_bit: EightBit, dtype: torch.dtype = torch.bfloat16) -> tuple[Finding, ...]:
+def probe(eight_bit: EightBit, dtype: torch.dtype = torch.bfloat16) -> tuple[ProductError, ...]:
     section = ProductsSection(experts="fp8", attention="fp8")
     chosen = ChosenProducts(experts=eight_bit, attention=eight_bit, layers=range(1, 3))
     return run_probe(chosen, eight_bit_matrices(section, MODEL), CPU, dtype)
