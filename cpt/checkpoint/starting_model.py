@@ -142,7 +142,7 @@ def _check_tensors(path: Path, manifest: Manifest, shapes: Mapping[str, tuple[in
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the files by which the weights of a located path are known (`sampled_hash`).
+    """Return the files by which the weights of a located path are known (`weights_identity`).
 
     Of a checkpoint that is its manifest, which holds the hashes of all others.
 

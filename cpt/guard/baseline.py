@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from cpt.errors import ConfigError
 from cpt.guard.score import DomainScore, Floats, as_floats
+from cpt.model.weights.checksums import is_identity
 from cpt.parallel.agreement import on_first_rank
 from cpt.resilience.best_effort import best_effort
 from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
@@ -132,7 +133,7 @@ def check_same_weights(path: Path, stored: Json, model: str, weights: str) -> No
     """
     others = set()
     for domain in stored.values():
-        if domain.get("weights") != weights:
+        if not is_identity(domain.get("weights"), weights):
             others.add(domain["model"])
     if others:
         names = ", ".join(sorted(others))

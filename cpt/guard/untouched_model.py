@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cpt.checkpoint.starting_model import weight_files
 from cpt.config import RunConfig
-from cpt.model.weights.checksums import sampled_hash
+from cpt.model.weights.checksums import weights_identity
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 
@@ -27,11 +27,11 @@ def untouched_name(config: RunConfig) -> str:
 
 
 def untouched_weights(config: RunConfig, topology: Topology) -> str:
-    """Return a hash of the untouched weights, which does not depend on where they lie.
+    """Return the `weights_identity` of the untouched weights, wherever they lie.
 
     Of random weights it is the name of the preset with the seed. All ranks call it together.
     """
     path = untouched_path(config)
     if path is None:
         return untouched_name(config)
-    return on_first_rank(topology.control_group, lambda: sampled_hash(weight_files(path)))
+    return on_first_rank(topology.control_group, lambda: weights_identity(weight_files(path)))

@@ -16,6 +16,7 @@ from cpt.guard.baseline import (
     DomainBaseline,
     check_finite,
     check_same_text,
+    check_same_weights,
     keep_on_first_rank,
     write_on_first_rank,
 )
@@ -68,6 +69,18 @@ def test_baseline_of_other_documents_is_refused() -> None:
 def test_baseline_of_the_first_documents_is_refused_with_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"before 0\.2.*--set guard\.enabled=false"):
         check_same_text(Path("f"), {"web": {"content_hash": "a"}}, {"web": {"content_hash": "a"}})
+
+
+@pytest.mark.parametrize("stated", ["tensors:new+old", "old"], ids=["of now", "of before"])
+def test_baseline_is_that_of_the_weights_that_it_states(stated: str) -> None:
+    stored = {"web": {"model": "base", "weights": stated}}
+    check_same_weights(Path("f"), stored, "base", "tensors:new+old")
+    # the samples of before do not see small tensors, so they may be those of other weights
+    with pytest.raises(ConfigError, match="another untouched model: base"):
+        check_same_weights(Path("f"), stored, "base", "tensors:new+other")
+    if stated != "old":
+        with pytest.raises(ConfigError, match="another untouched model: base"):
+            check_same_weights(Path("f"), stored, "base", "tensors:other+old")
 
 
 def test_baseline_survives_json() -> None:

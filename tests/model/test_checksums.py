@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,9 +15,12 @@ from cpt.errors import ConfigError
 from cpt.model.weights.checksums import (
     SUMS_FILE,
     damaged,
+    is_identity,
     known_sums,
     model_hash,
     sampled_hash,
+    tensor_hash,
+    weights_identity,
     write_sums,
 )
 from cpt.model.weights.hf_layout import open_tensors
@@ -104,6 +108,52 @@ def test_sampled_hash_tells_weights_apart_and_reads_little(
     assert sampled_hash(copies) != before
     copies[1].write_bytes(bytes([1]) * 1001)
     assert sampled_hash(copies) != before
+
+
+def model_directory(folder: Path) -> list[Path]:
+    """Write a large tensor and a small one, and a configuration."""
+    entries = {
+        "large": Entry(shape=(2**20,), dtype=torch.float32),
+        "norm": Entry(shape=(64,), dtype=torch.float32),
+        # of a size that puts `norm` between two blocks of `sampled_hash`
+        "tail": Entry(shape=(11 * 2**17,), dtype=torch.float32),
+    }
+    with DirectoryWriter(folder, entries) as writer:
+        for name, entry in entries.items():
+            writer.write(name, 0, torch.ones(entry.shape))
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    return sorted(folder.glob("*.safetensors"))
+
+
+def change_small_tensor(file: Path) -> None:
+    """Change the last value of `norm`."""
+    content = bytearray(file.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    _, end = json.loads(content[8 : 8 + length])["norm"]["data_offsets"]
+    content[8 + length + end - 1] ^= 1
+    file.write_bytes(content)
+
+
+def test_identity_sees_one_bit_of_a_small_tensor_and_of_the_configuration(tmp_path: Path) -> None:
+    (file,) = model_directory(tmp_path)
+    before = model_hash(tmp_path)
+    sampled = sampled_hash([file])
+    change_small_tensor(file)
+    changed = model_hash(tmp_path)
+    assert changed != before and not is_identity(before, changed)
+    assert sampled_hash([file]) == sampled, (
+        "the hash of before sees it, too: the test shows nothing"
+    )
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8")
+    assert model_hash(tmp_path) != changed
+
+
+def test_file_of_before_is_compared_by_the_hash_that_it_states(tmp_path: Path) -> None:
+    (file,) = model_directory(tmp_path)
+    identity = weights_identity([file])
+    assert is_identity(identity, identity) and is_identity(sampled_hash([file]), identity)
+    assert not is_identity(tensor_hash([file]), identity) and not is_identity(None, identity)
+    assert not is_identity("tiny", "other+tiny"), "a name is compared as it is"
 
 
 def test_pipe_among_the_weights_is_refused_and_not_waited_for(tmp_path: Path) -> None:

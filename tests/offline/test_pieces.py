@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from cpt.offline.pieces import next_spans
+from cpt.errors import ConfigError
+from cpt.offline.pieces import (
+    FORMAT_VERSION,
+    IDENTITY_FILE,
+    kept_pieces,
+    next_spans,
+    partial_folder,
+)
 
 
 def rounds_of(missing: list[int], world_size: int, save_every: int) -> list[list[range]]:
@@ -46,3 +59,27 @@ def test_a_span_ends_where_items_are_done() -> None:
 
 def test_nothing_missing_is_no_work() -> None:
     assert rounds_of([], 4, 8) == []
+
+
+@pytest.mark.parametrize("stated", ["tensors:new+old", "old"], ids=["of now", "of before"])
+def test_pieces_are_gone_on_with_by_the_hash_of_the_model_that_they_state(
+    tmp_path: Path, stated: str
+) -> None:
+    alone: Any = SimpleNamespace(on_first=lambda action: action())
+    out = tmp_path / "out.jsonl"
+    folder = partial_folder(out)
+    identity = {"command": "replay", "model": "tensors:new+old"}
+    folder.mkdir()
+    (folder / f"texts.0-4.{'0' * 32}.json").write_text("[]")
+    work = {"format_version": FORMAT_VERSION, **identity, "model": stated}
+    (folder / IDENTITY_FILE).write_text(json.dumps(work))
+    others = ["tensors:new+other", "tensors:x+y"]
+    if stated != "old":
+        others.append("tensors:other+old")
+    for model in others:
+        changed = kept_pieces(out, identity | {"model": model}, alone)
+        with pytest.raises(ConfigError, match=f'model was "{re.escape(stated)}"'), changed:
+            pytest.fail("pieces of another model were taken")
+    with kept_pieces(out, identity, alone):
+        pass
+    assert not folder.exists()

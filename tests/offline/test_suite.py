@@ -14,11 +14,13 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.torch
+import torch
 import yaml
 
 from cpt.cli import main
 from cpt.errors import ConfigError, DataError, InternalError
-from cpt.model.weights.checksums import model_hash
+from cpt.model.weights.checksums import model_hash, sampled_hash
 from cpt.offline.evaluation.benchmark_commands import Programs, ServedModel, command_of
 from cpt.offline.evaluation.scores import Result, Score, read_result, write_result
 from cpt.offline.evaluation.suite import Suite, load_suite
@@ -186,11 +188,15 @@ def done(folder: Path, suite: Suite) -> None:
     (folder / "done.json").write_text(json.dumps(content))
 
 
-def served_directory(tmp_path: Path, weights: bytes = b"weights") -> Path:
+WEIGHTS = safetensors.torch.save({"norm": torch.ones(8)})
+OTHER_WEIGHTS = safetensors.torch.save({"norm": torch.zeros(8)})
+
+
+def served_directory(tmp_path: Path) -> Path:
     folder = tmp_path / "served"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
     return folder
 
 
@@ -320,10 +326,11 @@ def test_what_was_run_with_other_settings_is_neither_kept_nor_collected(tmp_path
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("model.safetensors", "weightz"), ("config.json", '{"num_experts_per_tok": 2}')],
+    [("model.safetensors", OTHER_WEIGHTS), ("config.json", b'{"num_experts_per_tok": 2}')],
+    ids=["weights", "configuration"],
 )
 def test_scores_of_one_model_are_not_taken_for_those_of_another(
-    tmp_path: Path, file: str, content: str
+    tmp_path: Path, file: str, content: bytes
 ) -> None:
     suite = suite_of(tmp_path, BENCHMARK)
     write_details(tmp_path / "gpqa", "swallow|gpqa:diamond", [row(1, {"extractive_match": 1})])
@@ -331,11 +338,28 @@ def test_scores_of_one_model_are_not_taken_for_those_of_another(
     model = replace(MODEL, directory=tmp_path / "served")
     run_suite(suite, model, Programs(), tmp_path)  # done before: no server is asked
     assert collected(tmp_path, suite).value == 100
-    (tmp_path / "served" / file).write_text(content)
+    (tmp_path / "served" / file).write_bytes(content)
     with pytest.raises(ConfigError, match="model was "):
         run_suite(suite, model, Programs(), tmp_path)
     with pytest.raises(ConfigError, match="model was "):
         collected(tmp_path, suite)
+
+
+def test_results_that_state_the_hash_of_before_stay_those_of_their_model(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, BENCHMARK)
+    served = served_directory(tmp_path)
+    (tmp_path / "gpqa").mkdir()
+    done(tmp_path / "gpqa", suite)
+    model = model_hash(served)
+    path = tmp_path / "gpqa" / "done.json"
+    content = json.loads(path.read_text())
+    content["model"] = sampled_hash(sorted(served.iterdir()))
+    path.write_text(json.dumps(content))
+    assert is_done(tmp_path / "gpqa", suite, suite.benchmarks[0], model)
+    content["model"] = content["model"][::-1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="model was "):
+        is_done(tmp_path / "gpqa", suite, suite.benchmarks[0], model)
 
 
 def test_a_model_without_weights_has_no_identity(tmp_path: Path) -> None:

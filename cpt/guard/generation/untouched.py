@@ -18,6 +18,7 @@ from typing import Any
 from cpt.errors import ConfigError
 from cpt.guard.generation.measures import FORM_MEASURES, ReplyMeasures, measure_reply
 from cpt.guard.generation.prompts import PromptPool
+from cpt.model.weights.checksums import is_identity
 from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 
 Json = dict[str, Any]
@@ -124,7 +125,7 @@ class Untouched:
                 f"{path} holds replies to {len(self.prompts)} prompts that this run would not ask: "
                 "train.seed draws others. Change it back, or use a new --run_dir."
             )
-        if self.weights != weights:
+        if not is_identity(self.weights, weights):
             problems.append(
                 f"{path} holds replies of another untouched model: {self.model}, as it was then. "
                 f"This run starts from {model}, whose weights are others. Change the model back, "
@@ -172,7 +173,10 @@ def read_answered(path: Path, pool: PromptPool, weights: str) -> list[list[int]]
     if content is None:
         return []
     replies: list[list[int]] = content["replies"]
-    return replies if content == answered_so_far(pool, replies, weights) else []
+    stated = str(content.get("weights"))
+    if not is_identity(stated, weights):
+        return []
+    return replies if content == answered_so_far(pool, replies, stated) else []
 
 
 def read_untouched(guard_folder: Path) -> dict[str, Untouched]:

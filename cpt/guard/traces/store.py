@@ -21,6 +21,7 @@ from typing import Any
 
 from cpt.errors import ConfigError, DataError
 from cpt.guard.traces.rows import Trace
+from cpt.model.weights.checksums import is_identity
 from cpt.training.kl_target_format import (
     TargetFileReader,
     TargetFileWriter,
@@ -54,9 +55,11 @@ class TraceOrigin:
     """Seed of the draws."""
 
     def differences(self, other: TraceOrigin) -> list[str]:
-        """Return the names of the fields that differ."""
+        """Return the names of the fields that differ from those that are wanted now."""
         mine = asdict(self)
         theirs = asdict(other)
+        if is_identity(self.weights, other.weights):
+            del mine["weights"]
         return [name for name in mine if mine[name] != theirs[name]]
 
 

@@ -36,8 +36,8 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 def sampled_hash(files: Iterable[Path]) -> str:
     """Return a hash of weight files by name, size and `SAMPLED_BLOCKS` blocks of each.
 
-    The header is among the blocks. This tells one set of weights from another without reading tens
-    of GiB; damage to single values is for `damaged` to find.
+    It does not see small tensors, which lie between the blocks: `tensor_hash` does. Files that were
+    written before that know their model by it.
 
     Raises:
         ConfigError: a file cannot be read, or is no regular file.
@@ -65,20 +65,27 @@ def _hash_samples(file: Path, digest: hashlib._Hash) -> None:
 
 
 def tensor_hash(files: Iterable[Path]) -> str:
-    """Return a hash of safetensors files by name, header, and samples of every tensor.
+    """Return a hash of files of a model by name and content.
 
-    A tensor of up to `WHOLE_TENSOR_BYTES` is hashed whole, a larger one by `TENSOR_BLOCKS` blocks.
-    `sampled_hash` spreads its blocks over a file, and small tensors lie between them.
+    Of safetensors files the header counts and samples of every tensor: one of up to
+    `WHOLE_TENSOR_BYTES` is hashed whole, a larger one by `TENSOR_BLOCKS` blocks. This tells one set
+    of weights from another without reading tens of GiB; damage to single values is for `damaged` to
+    find. Other files are hashed whole.
 
     Raises:
         ConfigError: a file cannot be read, or is no whole safetensors file.
     """
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
-        with open_tensors(file):
-            pass  # the header is whole, and the file has all bytes that it names
+        of_tensors = file.suffix == ".safetensors"
+        if of_tensors:
+            with open_tensors(file):
+                pass  # the header is whole, and the file has all bytes that it names
         try:
-            _hash_tensors(file, digest)
+            if of_tensors:
+                _hash_tensors(file, digest)
+            else:
+                digest.update(f"{file.name}:{sha256_of(file)}:".encode())
         except OSError as error:
             raise ConfigError(
                 f"{file}: cannot be read ({error.strerror or error}). Fetch it again."
@@ -113,6 +120,29 @@ def _tensor_blocks(size: int) -> list[tuple[int, int]]:
     return blocks
 
 
+def weights_identity(files: Iterable[Path]) -> str:
+    """Return what files of a model are known by: `tensor_hash`, a plus sign, and `sampled_hash`.
+
+    Raises:
+        ConfigError: see `tensor_hash`.
+    """
+    files = list(files)
+    return f"{tensor_hash(files)}+{sampled_hash(files)}"
+
+
+def is_identity(stated: object, identity: str) -> bool:
+    """Return whether a file states these weights.
+
+    Args:
+        stated: What it states: a `weights_identity`, or, if it was written before there were any,
+            a `sampled_hash`.
+        identity: `weights_identity` of the weights; any other text has to be stated as it is.
+    """
+    if stated == identity:
+        return True
+    return identity.startswith(TENSOR_HASH_PREFIX) and stated == identity.partition("+")[2]
+
+
 def hash_of_sums(path: Path, files: Iterable[Path]) -> str | None:
     """Return a hash of the names and known SHA-256 of weight files; None if not all are known.
 
@@ -128,7 +158,7 @@ def hash_of_sums(path: Path, files: Iterable[Path]) -> str | None:
 
 
 def model_hash(path: Path, files: Iterable[Path] | None = None) -> str:
-    """Return a hash of what a model computes with: its weight files, and its configuration.
+    """Return the `weights_identity` of a model's weight files and configuration.
 
     Args:
         path: A Hugging Face directory.
@@ -145,7 +175,7 @@ def model_hash(path: Path, files: Iterable[Path] | None = None) -> str:
             f"{path} is no Hugging Face directory: it has no {missing}. Name the directory that "
             "holds the weights."
         )
-    return sampled_hash(weights | {config})
+    return weights_identity(weights | {config})
 
 
 def known_sums(path: Path, files: Iterable[Path]) -> dict[Path, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.errors import ConfigError, InternalError
-from cpt.model.weights.checksums import model_hash
+from cpt.model.weights.checksums import is_identity, model_hash
 from cpt.offline.evaluation.benchmark_commands import Programs, ServedModel, command_of
 from cpt.offline.evaluation.suite import Benchmark, Suite
 from cpt.resilience.environment import JOB_SECRET
@@ -187,7 +187,10 @@ def is_done(folder: Path, suite: Suite, benchmark: Benchmark, model: str) -> boo
     done = read_json(path)
     differences = []
     for key, wanted in json.loads(json.dumps(_identity(suite, benchmark, model))).items():
-        if done.get(key) != wanted:
+        is_same = done.get(key) == wanted
+        if key == "model":
+            is_same = is_identity(done.get(key), model)
+        if not is_same:
             differences.append(f"{key} was {done.get(key)}, is now {wanted}")
     if differences:
         raise ConfigError(

@@ -173,6 +173,15 @@ def test_what_traces_come_from_is_compared(tmp_path: Path) -> None:
         check_origin(tmp_path, origin, fewer.origin(WEIGHTS))
 
 
+def test_traces_of_before_are_compared_by_the_hash_that_they_state(tmp_path: Path) -> None:
+    asked = AskedPrompts(domain=DOMAIN, prompts=PROMPTS)
+    now = asked.origin("tensors:new+old")
+    check_origin(tmp_path, asked.origin("old"), now)
+    for other in ("other", "tensors:other+old"):
+        with pytest.raises(ConfigError, match="another untouched model"):
+            check_origin(tmp_path, asked.origin(other), now)
+
+
 def test_domains_have_random_streams_of_their_own() -> None:
     asked = AskedPrompts(domain=DOMAIN, prompts=PROMPTS)
     other = AskedPrompts(domain=replace(DOMAIN, name="ja"), prompts=PROMPTS)
