@@ -79,7 +79,7 @@ class _Resolver:
         self._check_overlap(ep_size)
         self._check_head_groups(sp_size)
         self._check_agreement()
-        self._check_blocks(ep_size)
+        self._check_blocks()
         engine_json = self._engine_json(micro_batch_size, accumulation)
         if self.problems:
             raise ConfigError(self.problems)
@@ -179,13 +179,12 @@ class _Resolver:
                 f"{experts // ep_size}. Use none, or an autoep_size of at most {experts // 2}."
             )
 
-    def _check_blocks(self, ep_size: int) -> None:
+    def _check_blocks(self) -> None:
         self.problems += block_problems(
             self.run.train.quantize,
             self.model,
             zero_stage=self.json["zero_optimization"]["stage"],
             world_size=self.launch.world_size,
-            ep_size=ep_size,
         )
 
     def _check_head_groups(self, sp_size: int) -> None:

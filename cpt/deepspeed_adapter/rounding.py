@@ -41,13 +41,20 @@ def is_expert_matrix(parameter: Any) -> bool:
     return is_expert(parameter) and len(full_local_shape(parameter)) == 3
 
 
-def trained_expert_matrices(engine: Any) -> list[Any]:
-    """Return the parameters that `publish_rounded_experts` rounds, in the order of the model."""
+def expert_matrices(engine: Any, *, trained: bool) -> list[Any]:
+    """Return the expert matrices of a model that are trained, or those that are frozen."""
     found = []
     for parameter in engine.module.parameters():
-        if parameter.requires_grad and is_expert_matrix(parameter):
+        if parameter.requires_grad == trained and is_expert_matrix(parameter):
             found.append(parameter)
     return found
+
+
+def block_columns(parameter: Any, block_inputs: int) -> torch.Tensor:
+    """Return the block columns of an expert matrix that this rank holds, (n, block_inputs, R)."""
+    held = getattr(parameter, "ds_tensor", parameter).data
+    columns_nBR: torch.Tensor = held.view(-1, block_inputs, full_local_shape(parameter)[2])
+    return columns_nBR
 
 
 def separate_masters(engine: Any) -> None:
@@ -88,32 +95,21 @@ def publish_rounded_experts(
         block_inputs: Inputs of a block.
         device: The device that computes; weights on the host travel to it in pieces.
     """
-    matrices = trained_expert_matrices(engine)
-    if engine.zero_optimization_stage() != 3:
-        for parameter in matrices:
-            _round_in_place(parameter.data.view(-1), parameter, round_blocks, block_inputs, device)
-        return
+    matrices = expert_matrices(engine, trained=True)
     # Small parameters are never partitioned between steps; their parts are gathered again.
     persistent = [parameter for parameter in matrices if getattr(parameter, "ds_persist", False)]
     if persistent:
         persistent[0].partition(persistent)
     for parameter in matrices:
-        part = parameter.ds_tensor.data.view(-1)
-        _round_in_place(part, parameter, round_blocks, block_inputs, device)
+        _round_in_place(block_columns(parameter, block_inputs), round_blocks, device)
     if persistent:
         persistent[0].all_gather(persistent)
 
 
 def _round_in_place(
-    flat: torch.Tensor,
-    parameter: Any,
-    round_blocks: RoundBlocks,
-    block_inputs: int,
-    device: torch.device,
+    columns_nBR: torch.Tensor, round_blocks: RoundBlocks, device: torch.device
 ) -> None:
-    """Round consecutive weights of a matrix, which are whole block columns."""
-    outputs = full_local_shape(parameter)[2]
-    columns_nBR = flat.view(-1, block_inputs, outputs)
+    """Round block columns, wherever they lie."""
     if columns_nBR.device.type == device.type:
         round_blocks(columns_nBR)
         return

@@ -83,7 +83,7 @@ from cpt.job.start_options import check_start, resume_word
 from cpt.model import attention
 from cpt.model.adapters.layout import adapter_problems
 from cpt.model.configuration import differing_keys
-from cpt.model.freezing import freeze_problems
+from cpt.model.freezing import freeze_problems, rounding_problems
 from cpt.model.parameters import parameter_numels, parameter_shapes
 from cpt.model.products.layers import products_problems
 from cpt.model.weights.tokenizer_check import tokenizer_problems
@@ -257,6 +257,13 @@ class _Gate:
             return
         self.found.add(
             freeze_problems(self.run_yaml.train.freeze, parameter_numels(self.model_config))
+        )
+        self.found.add(
+            rounding_problems(
+                self.run_yaml.train.quantize,
+                self.run_yaml.train.freeze,
+                parameter_shapes(self.model_config),
+            )
         )
         self.found.add(adapter_problems(self.run_yaml.adapter, self.model_config))
         self.found.add(packed_base_problems(self.run_yaml, self.model_config))

@@ -7,10 +7,13 @@ working value.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
+
+from cpt.config.precision_sections import QuantizeSection
+from cpt.model.weights.hf_layout import is_expert_matrix
 
 SHORTHANDS = {
     "router": "model.layers.*.mlp.router.*",
@@ -51,6 +54,28 @@ def freeze_problems(patterns: tuple[str, ...], names: Iterable[str]) -> list[str
             "train.freeze matches every parameter: nothing is left to train. Take a pattern out."
         )
     return problems
+
+
+def rounding_problems(
+    section: QuantizeSection, patterns: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Return why a run would round no expert: all of them are frozen.
+
+    Args:
+        section: The `train.quantize` section.
+        patterns: Those of `train.freeze`.
+        shapes: The shape of every parameter of the model.
+    """
+    if not section.is_on:
+        return []
+    matrices = {name for name, shape in shapes.items() if is_expert_matrix(name, shape)}
+    if matrices - frozen_names(patterns, matrices):
+        return []
+    return [
+        f"train.quantize.experts is {section.experts}, but train.freeze keeps every expert matrix "
+        "as it is, so nothing would be rounded. Remove train.quantize, or take the experts out of "
+        "train.freeze."
+    ]
 
 
 def _nearest(pattern: str, names: list[str]) -> str:

@@ -17,9 +17,14 @@ from typing import Any
 
 import torch
 
-from cpt.config.precision_sections import QuantizeSection
-from cpt.deepspeed_adapter.rounding import publish_rounded_experts, separate_masters
-from cpt.model.kernels.block_rounding import round_blocks_
+from cpt.config.precision_sections import ExponentRule, QuantizeSection
+from cpt.deepspeed_adapter.rounding import (
+    block_columns,
+    expert_matrices,
+    publish_rounded_experts,
+    separate_masters,
+)
+from cpt.model.kernels.block_rounding import round_blocks, round_blocks_
 from cpt.model.weights import mxfp4
 from cpt.resilience.faults import fault_point
 from cpt.resilience.phase import PhaseClock
@@ -68,14 +73,32 @@ class ExpertRounding:
             return
         self._clock.enter("rounding", steps_done)
         fault_point("rounding", steps_done)
-        rule = self._section.exponent
-        publish_rounded_experts(
-            self._deepspeed, partial(round_blocks_, rule=rule), mxfp4.BLOCK, self._device
-        )
+        in_place = partial(round_blocks_, rule=self._section.exponent)
+        publish_rounded_experts(self._deepspeed, in_place, mxfp4.BLOCK, self._device)
         if not self._is_told:
             self._is_told = True
-            log.info(
-                "after step %d: experts are rounded to MXFP4 from here on (exponents: %s)",
-                steps_done,
-                rule,
+            self._tell(steps_done)
+
+    def _tell(self, steps_done: int) -> None:
+        """Log that rounding begins, and warn of frozen experts that an export would change."""
+        rule = self._section.exponent
+        log.info(
+            "after step %d: experts are rounded to MXFP4 from here on, exponents by the rule %s",
+            steps_done,
+            rule,
+        )
+        frozen = expert_matrices(self._deepspeed, trained=False)
+        odd = [matrix for matrix in frozen if not _is_rounded(matrix, rule)]
+        if odd:
+            log.warning(
+                "%d frozen expert matrices have values that MXFP4 does not have. They stay as they "
+                "are, and an MXFP4 export rounds them, so it is another model than the one that is "
+                "trained. Take them out of train.freeze, or begin from weights in MXFP4.",
+                len(odd),
             )
+
+
+def _is_rounded(matrix: Any, rule: ExponentRule) -> bool:
+    """Return whether rounding leaves the first blocks of this rank's part of a matrix alone."""
+    first_1BR = block_columns(matrix, mxfp4.BLOCK)[:1]
+    return torch.equal(round_blocks(first_1BR, rule), first_1BR)

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from cpt.checkpoint.run_state import RunState
+from cpt.checkpoint.manifest import Manifest
+from cpt.checkpoint.run_state import RunState, quantized_by
 from cpt.errors import CheckpointError
 
 STATE = RunState(
@@ -38,3 +39,20 @@ def test_part_that_a_run_needs_is_named_when_it_is_missing() -> None:
     assert STATE.part("progress", "step-00000003") == {"step": 3}
     with pytest.raises(CheckpointError, match=r"step-00000003: .* no state\.guard.*--resume"):
         STATE.part("guard", "step-00000003")
+
+
+def manifest_with(quantize: object) -> Manifest:
+    state = {"model_config": {}, "quantize": quantize}
+    return Manifest(step=3, files=(), tensors={}, layout={}, versions={}, state=state)
+
+
+@pytest.mark.parametrize("rule", [None, "floor", "ceil", "least"])
+def test_checkpoint_tells_the_rule_by_which_training_rounded(rule: str | None) -> None:
+    state = None if rule is None else {"exponent": rule}
+    assert quantized_by(manifest_with(state)) == rule
+
+
+@pytest.mark.parametrize("stored", [{"exponent": "round"}, {}, "ceil", {"exponent": ["ceil"]}])
+def test_rule_that_is_not_known_is_refused_by_name(stored: object) -> None:
+    with pytest.raises(CheckpointError, match="checkpoint of step 3: its experts were rounded by"):
+        quantized_by(manifest_with(stored))

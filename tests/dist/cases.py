@@ -48,6 +48,8 @@ GREEDY = Sampling(max_new_tokens=20)
 SAMPLED = Sampling(max_new_tokens=20, temperature=1.0, top_p=0.98, seed=4)
 DECODING_VOCAB_SIZE = 16_384
 """The smallest vocabulary with the tokens of `decoding_prompts`, nearly."""
+POISONED = "model.layers.0.mlp.experts.gate_up_proj"
+"""The expert matrix that `Scenario.poison` changes."""
 STOPS = range(0, DECODING_VOCAB_SIZE, 12)
 """Tokens at which a drawn text ends: texts end at different times."""
 
@@ -114,6 +116,10 @@ class Scenario:
     """The `adapter` section; its tensors begin as `adapter_value` gives them."""
     quantize: dict[str, Any] = field(default_factory=dict)
     """The `train.quantize` section without `experts`, which is mxfp4 if it is given."""
+    poison: str = ""
+    """What the first master weight of an expert matrix is set to at the start: nan or inf."""
+    persistence_threshold: int = 100
+    """Elements up to which ZeRO-3 keeps a parameter whole."""
     weight_decay: float = SETTINGS["weight_decay"]
     """`train.weight_decay`."""
 
@@ -160,6 +166,10 @@ class Scenario:
             parts += ["packed"] if self.adapter.get("base") == "mxfp4" else []
         for key, value in self.quantize.items():
             parts.append(f"{key}-{value}")
+        if self.poison:
+            parts.append(self.poison)
+        if self.persistence_threshold != 100:
+            parts.append(f"whole-{self.persistence_threshold}")
         return "-".join(parts)
 
     def dump(self) -> str:

@@ -41,6 +41,7 @@ from data_pipeline.store.packing import Integers
 from tests.dist.cases import (
     CLIPPING,
     KL_WEIGHT,
+    POISONED,
     ROWS,
     SEQ_LEN,
     SETTINGS,
@@ -121,7 +122,8 @@ def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
 
 def config_of(scenario: Scenario, folder: Path) -> RunConfig:
     """Return the resolved configuration of a scenario."""
-    ds: dict[str, Any] = {"zero_optimization": {"stage3_param_persistence_threshold": 100}}
+    threshold = {"stage3_param_persistence_threshold": scenario.persistence_threshold}
+    ds: dict[str, Any] = {"zero_optimization": threshold}
     if scenario.ds_config:
         ds = json.loads((ROOT / "ds_configs" / scenario.ds_config).read_text())
     zero = ds["zero_optimization"]
@@ -278,6 +280,14 @@ def write_adapter_report(
         (folder / f"{scenario.name}.adapter.json").write_text(json.dumps(by_rank))
 
 
+def poison_expert(engine: TrainingEngine, value: float) -> None:
+    """Set one master weight of the first expert matrix, on the rank that holds it."""
+    for key, part in flat_ranges(engine.deepspeed, engine.topology).items():
+        if key == f"master/{POISONED}" and part.offset == 0:
+            part.tensor.data[0] = value
+    publish_master_weights(engine.deepspeed)
+
+
 def write_expert_matrices(scenario: Scenario, folder: Path, engine: TrainingEngine) -> None:
     """Write the whole expert matrices as the next forward pass of every rank will see them."""
     topology = engine.topology
@@ -316,6 +326,8 @@ def run(scenario: Scenario, folder: Path) -> None:
     else:
         fill_weights(engine, source)
         fill_adapters(engine, config, of_model)
+    if scenario.poison:
+        poison_expert(engine, float(scenario.poison))
     engine.rounding.publish(scenario.start)
     targets = None
     if scenario.kl:

@@ -1,0 +1,120 @@
+"""Working weights are rounded when their number of steps says so, and at no other time."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cpt.config.precision_sections import QuantizeSection
+from cpt.deepspeed_adapter.experts import mark_expert
+from cpt.model.weights import mxfp4
+from cpt.resilience.phase import PhaseClock
+from cpt.training.rounding import ExpertRounding
+
+
+class Engine:
+    """An engine of ZeRO-2 with one layer of experts, a matrix, its bias and a router."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.module = nn.Module()
+        for name, shape in {"matrix": (2, 64, 5), "bias": (2, 5), "router": (64, 2)}.items():
+            parameter = nn.Parameter(torch.randn(shape))
+            if name != "router":
+                mark_expert(parameter, 1)
+            self.module.register_parameter(name, parameter)
+        self.first = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+
+    def zero_optimization_stage(self) -> int:
+        return 2
+
+    def parameters_that_changed(self) -> list[str]:
+        named = self.module.named_parameters()
+        return [name for name, p in named if not torch.equal(p, self.first[name])]
+
+
+def rounding_of(engine: Engine, **section: Any) -> tuple[ExpertRounding, PhaseClock]:
+    clock = PhaseClock()
+    chosen = QuantizeSection(experts="mxfp4", **section)
+    made = ExpertRounding(chosen, engine, torch.device("cpu"), clock)
+    return made, clock
+
+
+def test_nothing_is_rounded_before_the_start_step_and_the_matrices_alone_from_it_on() -> None:
+    engine = Engine()
+    rounding, clock = rounding_of(engine, start_step=2, exponent="ceil")
+    rounding.publish(0)
+    rounding.after_step(1, applied=True)
+    assert engine.parameters_that_changed() == [] and clock.now().count == 0
+    rounding.after_step(2, applied=True)
+    assert engine.parameters_that_changed() == ["matrix"]
+    expected = mxfp4.rounded(engine.first["matrix"], "ceil")
+    assert torch.equal(engine.module.matrix, expected)
+    assert (clock.now().phase, clock.now().step) == ("rounding", 2)
+
+
+def test_skipped_update_publishes_nothing_but_the_first_rounding_does_not_wait_for_an_update() -> (
+    None
+):
+    engine = Engine()
+    rounding, clock = rounding_of(engine, start_step=2)
+    rounding.after_step(1, applied=False)
+    assert engine.parameters_that_changed() == []
+    rounding.after_step(2, applied=False)
+    assert engine.parameters_that_changed() == ["matrix"]
+    visits = clock.now().count
+    rounding.after_step(3, applied=False)
+    assert clock.now().count == visits
+
+
+def test_run_without_the_section_rounds_nothing() -> None:
+    engine = Engine()
+    rounding = ExpertRounding(QuantizeSection(), engine, torch.device("cpu"), PhaseClock())
+    rounding.publish(0)
+    rounding.after_step(1, applied=True)
+    assert engine.parameters_that_changed() == []
+
+
+@pytest.mark.parametrize(("is_odd", "warnings"), [(True, 1), (False, 0)])
+def test_frozen_matrices_that_an_export_would_change_are_warned_of_once(
+    is_odd: bool, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine()
+    if not is_odd:
+        engine.module.matrix.data = mxfp4.rounded(engine.module.matrix.data)
+    engine.module.matrix.requires_grad_(False)
+    before = engine.module.matrix.detach().clone()
+    rounding, _ = rounding_of(engine, start_step=0)
+    with caplog.at_level(logging.INFO, "cpt.training.rounding"):
+        rounding.publish(0)
+        rounding.after_step(1, applied=True)
+    assert torch.equal(engine.module.matrix, before)
+    levels = [record.levelno for record in caplog.records]
+    assert levels == [logging.INFO] + [logging.WARNING] * warnings
+
+
+def test_masters_that_are_the_working_weights_become_copies_in_groups_of_experts() -> None:
+    shared = [torch.randn(4), torch.randn(4)]
+    other = torch.randn(4)
+    expert = nn.Parameter(torch.zeros(1, 32, 2))
+    mark_expert(expert, 1)
+    masters: list[Any] = [shared[0], shared[1], other]
+    for number, master in enumerate(masters):
+        master.ds_id = f"{number}"
+    zero = SimpleNamespace(
+        fp16_groups=[[expert], [nn.Parameter(torch.zeros(2))], [expert]],
+        fp16_partitioned_groups_flat=[shared[0], shared[1], other.clone()],
+        fp32_partitioned_groups_flat=masters,
+    )
+    engine = SimpleNamespace(optimizer=zero, zero_optimization_stage=lambda: 3)
+    section = QuantizeSection(experts="mxfp4", start_step=0)
+    ExpertRounding(section, engine, torch.device("cpu"), PhaseClock())
+    own, replica, separate = zero.fp32_partitioned_groups_flat
+    assert own.data_ptr() != shared[0].data_ptr() and torch.equal(own, shared[0])
+    assert own.requires_grad and own.ds_id == "0"
+    assert replica is shared[1] and separate is other
