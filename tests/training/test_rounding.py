@@ -17,7 +17,7 @@ from cpt.resilience.phase import PhaseClock
 from cpt.training.rounding import ExpertRounding
 
 
-class Engine:
+class EngineOfExperts:
     """An engine of ZeRO-2 with one layer of experts, a matrix, its bias and a router."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Engine:
         return [name for name, p in named if not torch.equal(p, self.first[name])]
 
 
-def rounding_of(engine: Engine, **section: Any) -> tuple[ExpertRounding, PhaseClock]:
+def rounding_of(engine: EngineOfExperts, **section: Any) -> tuple[ExpertRounding, PhaseClock]:
     clock = PhaseClock()
     chosen = QuantizeSection(experts="mxfp4", **section)
     made = ExpertRounding(chosen, engine, torch.device("cpu"), clock)
@@ -46,7 +46,7 @@ def rounding_of(engine: Engine, **section: Any) -> tuple[ExpertRounding, PhaseCl
 
 
 def test_nothing_is_rounded_before_the_start_step_and_the_matrices_alone_from_it_on() -> None:
-    engine = Engine()
+    engine = EngineOfExperts()
     rounding, clock = rounding_of(engine, start_step=2, exponent="ceil")
     rounding.publish(0)
     rounding.after_step(1, applied=True)
@@ -61,7 +61,7 @@ def test_nothing_is_rounded_before_the_start_step_and_the_matrices_alone_from_it
 def test_skipped_update_publishes_nothing_but_the_first_rounding_does_not_wait_for_an_update() -> (
     None
 ):
-    engine = Engine()
+    engine = EngineOfExperts()
     rounding, clock = rounding_of(engine, start_step=2)
     rounding.after_step(1, applied=False)
     assert engine.parameters_that_changed() == []
@@ -73,7 +73,7 @@ def test_skipped_update_publishes_nothing_but_the_first_rounding_does_not_wait_f
 
 
 def test_run_without_the_section_rounds_nothing() -> None:
-    engine = Engine()
+    engine = EngineOfExperts()
     rounding = ExpertRounding(QuantizeSection(), engine, torch.device("cpu"), PhaseClock())
     rounding.publish(0)
     rounding.after_step(1, applied=True)
@@ -84,7 +84,7 @@ def test_run_without_the_section_rounds_nothing() -> None:
 def test_frozen_matrices_that_an_export_would_change_are_warned_of_once(
     is_odd: bool, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = Engine()
+    engine = EngineOfExperts()
     if not is_odd:
         engine.module.matrix.data = mxfp4.rounded(engine.module.matrix.data)
     engine.module.matrix.requires_grad_(False)
