@@ -26,6 +26,7 @@ ALL = sorted(
 )
 TUNING = [path for path in ALL if "-sft" in path.stem or "-lora-" in path.stem]
 RECIPES = [path for path in ALL if path not in TUNING]
+LAST_PHASES = [path for path in ALL if "-mxfp4" in path.stem]
 CARDS = {"RTX 4090 24 GB": "rtx4090", "L40S 48 GB": "l40s", "H100 80 GB": "h100"}
 WANTED = {("20b", 4096, 8), ("20b", 8192, 8), ("20b", 32768, 8), ("20b", 131072, 16)} | {
     ("120b", seq_len, gpus) for seq_len in (4096, 32768) for gpus in (16, 32, 64)
@@ -83,6 +84,29 @@ def test_recipes_of_fine_tuning_are_there_for_every_machine_that_is_promised() -
         ("gpt-oss-120b", "lora", "h100", 8),
         ("gpt-oss-120b", "none", "h100", 16),
     }
+
+
+def test_recipes_of_a_last_phase_are_there_after_pretraining_and_after_fine_tuning() -> None:
+    found = set()
+    for recipe in map(Recipe, LAST_PHASES):
+        found.add((recipe.model, "-sft" in recipe.path.stem))
+    assert found == {
+        (model, is_sft) for model in ("gpt-oss-20b", "gpt-oss-120b") for is_sft in (False, True)
+    }
+
+
+@pytest.mark.parametrize("path", LAST_PHASES, ids=lambda path: path.stem)
+def test_last_phase_rounds_from_its_first_step_what_another_recipe_has_trained(path: Path) -> None:
+    recipe = Recipe(path)
+    run, _ = load(path, recipe.ds_config, {})
+    assert run.train.quantize.is_on_after(0)
+    assert run.model.path is not None and run.model.path.parent.name == "runs"
+    before = ROOT / "configs" / f"{run.model.path.name}.yaml"
+    other, _ = load(before, Recipe(before).ds_config, {})
+    assert other.train.seq_len == run.train.seq_len
+    assert other.data.mix == run.data.mix
+    assert Recipe(before).world_size == recipe.world_size
+    assert run.guard.baseline_model is not None and run.guard.baseline_model.name == recipe.model
 
 
 @pytest.fixture
