@@ -149,7 +149,7 @@ def write_report(work_dir: Path, scale: Scale, options: argparse.Namespace) -> N
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.svg:
-        source = f"{len(results)} of {len(wanted)} cells; bands: 95 % over seeds; {machine}, {date}"
+        source = f"{len(results)} of {len(wanted)} cells; a dot is a seed; {machine}, {date}"
         options.svg.write_text(draw(results, source), encoding="utf-8")
 
 

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
 from data_pipeline.charts import MUTED, PALETTE, Line, as_svg, draw_level, draw_lines, new_figure
 from mxfp4_parts.cells import METHODS
-from mxfp4_parts.outcome import Interval, groups, mean_of, survived
+from mxfp4_parts.outcome import groups, mean_of, survived
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DASHES = {"plain": "dashed", "aware": "solid"}
-LOWEST_PERCENT = -150.0
-HIGHEST_PERCENT = 250.0
-"""What lies beyond is cut off: the experts learned too little there for a share of it."""
+LOWEST_PERCENT = -40.0
+HIGHEST_PERCENT = 140.0
+"""What lies beyond is drawn at the border."""
 
 
 @as_svg
 def draw(results: Sequence[dict[str, Any]], source: str) -> Figure:
-    """Draw one panel per release, and in it each rule in a color.
+    """Draw one panel per release, and in it each rule in a color; a dot is a seed, a line the mean.
 
     Args:
         results: The cells.
@@ -52,12 +52,33 @@ def _draw_arm(
     for method in METHODS:
         for index, rule in enumerate(EXPONENT_RULES):
             label = rule if method == "plain" else f"{rule}, aware"
-            lines.append(_line(moved, by_rate, method, rule, label, PALETTE[index]))
+            color = PALETTE[index]
+            lines.append(_line(moved, by_rate, method, rule, label, color))
+            _draw_seeds(axes, moved, by_rate, method, rule, color)
     shown = [line for line in lines if line.x]
     y_label = "survived, %" if has_axis_label else ""
     draw_lines(
         axes, shown, title=f"release: {arm}", x_label="movement of the experts, %", y_label=y_label
     )
+
+
+def _draw_seeds(
+    axes: Axes,
+    moved: Sequence[float],
+    by_rate: Sequence[Sequence[dict[str, Any]]],
+    method: str,
+    rule: str,
+    color: str,
+) -> None:
+    """Draw every seed: hollow after plain training, filled after MXFP4-aware training."""
+    for place, group in zip(moved, by_rate, strict=True):
+        for result in group:
+            share = 100 * survived(result, method, rule)
+            if not math.isnan(share):
+                face = "none" if method == "plain" else color
+                axes.scatter(
+                    [place], [_clipped(share)], s=9, facecolors=face, edgecolors=color, lw=0.7
+                )
 
 
 def _line(
@@ -69,22 +90,13 @@ def _line(
     color: str,
 ) -> Line:
     x = []
-    found: list[Interval] = []
+    y = []
     for place, group in zip(moved, by_rate, strict=True):
         share = mean_of(group, lambda result: 100 * survived(result, method, rule))
         if share.count:
             x.append(place)
-            found.append(share)
-    halves = [0.0 if math.isnan(share.half) else share.half for share in found]
-    return Line(
-        label=label,
-        x=x,
-        y=[_clipped(share.mean) for share in found],
-        low=[_clipped(share.mean - half) for share, half in zip(found, halves, strict=True)],
-        high=[_clipped(share.mean + half) for share, half in zip(found, halves, strict=True)],
-        color=color,
-        dash=DASHES[method],
-    )
+            y.append(_clipped(share.mean))
+    return Line(label=label, x=x, y=y, color=color, dash=DASHES[method], dots=False)
 
 
 def _clipped(percent: float) -> float:
