@@ -49,10 +49,11 @@ from data_pipeline.dataset import BuiltData
 from data_pipeline.engine.choice import ENGINES, LOCAL, check_engine
 from data_pipeline.engine.local import available_cores
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.mixture.epochs import describe_weights, has_epochs, with_weights
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
 from data_pipeline.mixture.plan_comparison import compare_plans
 from data_pipeline.mixture.plan_figure import draw_plan
-from data_pipeline.mixture.settings import describe_changes, mix_settings
+from data_pipeline.mixture.settings import describe_changes, describe_rates, mix_settings
 from data_pipeline.mixture.staged_plan import plan_mix, steps_of_one_pass
 from data_pipeline.store.files import write_text
 from data_pipeline.store.manifest import BuildManifest, SourceEntry, read_manifest
@@ -133,6 +134,8 @@ def _build(options: argparse.Namespace) -> None:
         mix, out_dir, workers=options.workers, engine=options.engine, cache_dir=cache_dir
     )
     say(describe_build(manifest.sources))
+    if has_epochs(mix):
+        say(describe_weights(with_weights(mix, manifest)))
     _say_dropped(manifest)
     say(f"{out_dir}: manifest {manifest.hash[:16]}, fingerprint {manifest.fingerprint[:10]}")
 
@@ -166,7 +169,7 @@ def _add_plan(commands: Commands) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     mix = load_built_mix(options.mix, options.out)
-    built = _open_build(options, mix, options.mix, options.out)
+    built, mix = _open_build(options, mix, options.mix, options.out)
     steps = options.steps or steps_of_one_pass(built, mix, options.global_batch_size)
     _check_run_size(steps, options.global_batch_size)
     plan = plan_mix(built, mix, steps, options.global_batch_size)
@@ -204,10 +207,12 @@ def _add_diff(commands: Commands) -> None:
 def _diff(options: argparse.Namespace) -> None:
     old = load_built_mix(options.old, options.old_out)
     new = load_built_mix(options.new, options.new_out)
-    changes = describe_changes(mix_settings(old), mix_settings(new))
-    say("\n".join(changes) or "no setting differs")
-    old_built = _open_build(options, old, options.old, options.old_out)
-    new_built = _open_build(options, new, options.new, options.new_out)
+    if not (has_epochs(old) or has_epochs(new)):
+        _say_changes(old, new)  # also where one of them is not built
+    old_built, old = _open_build(options, old, options.old, options.old_out)
+    new_built, new = _open_build(options, new, options.new, options.new_out)
+    if has_epochs(old) or has_epochs(new):
+        _say_changes(old, new)
     batch_size = options.global_batch_size
     steps = options.steps or steps_of_one_pass(old_built, old, batch_size)
     _check_run_size(max(steps, options.at_step or 0), batch_size)
@@ -224,6 +229,12 @@ def _diff(options: argparse.Namespace) -> None:
     new_plan = plan_mix(new_built, new, steps, batch_size, ledger).whole()
     say(f"\nover {steps:,} steps of {batch_size:,} rows{edit}:")
     say(compare_plans(old_plan, new_plan))
+
+
+def _say_changes(old: MixConfig, new: MixConfig) -> None:
+    changes = describe_changes(mix_settings(old), mix_settings(new))
+    changes += describe_rates(old, new)
+    say("\n".join(changes) or "no setting differs")
 
 
 def _add_audit(commands: Commands) -> None:
@@ -403,10 +414,13 @@ def _add_build_if_missing(parser: argparse.ArgumentParser) -> None:
 
 def _open_build(
     options: argparse.Namespace, mix: MixConfig, mix_file: Path, build_dir: Path | None
-) -> BuiltData:
+) -> tuple[BuiltData, MixConfig]:
     """Open the build of a mix, and name it; it is made only if the command line says so.
 
     A build that is there is not read to its end.
+
+    Returns:
+        The build, and the mix with the weights that its epochs mean over it.
 
     Raises:
         NotBuilt: there is none; the message says how to make one.
@@ -425,7 +439,8 @@ def _open_build(
         found = resolve_build_dir(mix, build_dir, notes, options.workers)
         build(mix, found, workers=options.workers, cache_dir=cache_dir)
     say(f"build of {mix_file}: {found}")
-    return BuiltData.open(found, verify=False, mix=mix)
+    built = BuiltData.open(found, verify=False, mix=mix)
+    return built, with_weights(mix, built.manifest)
 
 
 def _folder_of_builds(build_dir: Path | None) -> Path:

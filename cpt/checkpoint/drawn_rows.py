@@ -21,6 +21,7 @@ from data_pipeline.bounded.yaml_text import read_yaml
 from data_pipeline.build.found_builds import load_built_mix, matching_builds
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
+from data_pipeline.mixture.epochs import with_weights
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.mixture import GlobalBatch
 from data_pipeline.mixture.stages import StagePlan, mixture_of, plan_stages
@@ -173,7 +174,9 @@ def _newest_state(
         total_steps = int(config["train"].get("total_steps", 0))
         return _DrawState(
             step=0,
-            ledger=Ledger.start(mix, data.manifest.row_hashes(), total_steps),
+            ledger=Ledger.start(
+                with_weights(mix, data.manifest), data.manifest.row_hashes(), total_steps
+            ),
             skip_ranges=[],
             stages=_planned_stages(run_dir, mix, config, total_steps),
         )

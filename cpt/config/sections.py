@@ -15,6 +15,7 @@ import torch
 from cpt.config.adapter_section import AdapterSection
 from cpt.config.guard_section import GuardSection
 from cpt.config.precision_sections import ProductsSection, QuantizeSection
+from data_pipeline.mixture.phases import RateFactor
 
 MAX_STEPS = 10**8
 """Steps of the longest run that anybody has planned, many times over; checks go through them."""
@@ -625,6 +626,8 @@ class RunConfig:
     """Every stage of the run, with nothing left open; empty without `stages`."""
     stage: int = 0
     """The stage that this configuration is for: its number, counted from 0."""
+    lr_factors: tuple[RateFactor, ...] = ()
+    """What the phases of the mix make of the learning rate; empty if all factors are 1."""
 
     @property
     def measured_seq_len(self) -> int:
@@ -651,7 +654,10 @@ class RunConfig:
 
     def to_plain(self) -> dict[str, Any]:
         """Nested dictionaries of plain values, for config.resolved.yaml and the manifest."""
-        return _plain(dataclasses.asdict(self))
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        if not self.lr_factors:
+            del plain["lr_factors"]  # so that a run without them is described as before
+        return plain
 
 
 def _plain(value: Any) -> Any:

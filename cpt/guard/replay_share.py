@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,8 +38,12 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LaterStage:
-    """A stage of sequence length that is still to come, with rows of its own."""
+class Stretch:
+    """A part of the run with rows or ceilings of its own, in which a raise holds on.
+
+    It is a stage of sequence length that is still to come, or what is left of a phase that limits
+    the epochs of sources.
+    """
 
     rows: int
     """Rows that the run takes in it."""
@@ -49,6 +53,10 @@ class LaterStage:
     """Predicted tokens of those rows, by source."""
     mean_shares: Mapping[str, float]
     """Mean share of every source in it, with what the guard has done so far."""
+    max_epochs: Mapping[str, float] | None = None
+    """Ceilings of a phase, by source; None for those of the sources."""
+    drawn: Mapping[str, int] = field(default_factory=dict)
+    """Rows that the run has taken in it so far, by source; none of a part that is to come."""
 
 
 class ReplayShares:
@@ -207,7 +215,7 @@ class ReplayShares:
         batches_left: int,
         batch_size: int,
         mean_shares: Mapping[str, float] | None = None,
-        later_stages: Sequence[LaterStage] = (),
+        stretches: Sequence[Stretch] = (),
     ) -> LeverLimits:
         """Return how far replay may still be moved.
 
@@ -220,7 +228,8 @@ class ReplayShares:
             batch_size: Packed rows of a batch.
             mean_shares: Mean share of every source in these batches, under a schedule; None if
                 they stay what they are.
-            later_stages: The stages after the present one, in which a raise holds on.
+            stretches: Parts of the run with rows or ceilings of their own, the present one or
+                later ones.
         """
         weights = self.weights(state)
         drawn = mixture.position(batch, batch_size).drawn_rows
@@ -230,8 +239,8 @@ class ReplayShares:
         for name, mean in (mean_shares or {}).items():
             # what the plan takes later is not left for now
             ceilings[name] = max(0.0, ceilings[name] + weights[name] - mean)
-        for later in later_stages:
-            for name, left in self._left_by(later).items():
+        for stretch in stretches:
+            for name, left in self._left_by(stretch).items():
                 ceilings[name] = min(ceilings[name], max(0.0, weights[name] + left))
         shares: dict[str, tuple[float | None, float]] = {}
         served_by = {}
@@ -319,10 +328,11 @@ class ReplayShares:
             if num_rows[name]:
                 row_tokens[name] = float(np.mean(tokens))
         drawn_of = dict(zip(self._data.source_names, drawn, strict=True))
-        return self._ceilings(rows, num_rows, drawn_of, shares, row_tokens)
+        return self._ceilings(self._max_epochs, rows, num_rows, drawn_of, shares, row_tokens)
 
     def _ceilings(
         self,
+        allowed: Mapping[str, float | None],
         rows: int,
         num_rows: Mapping[str, int],
         drawn: Mapping[str, int],
@@ -331,7 +341,7 @@ class ReplayShares:
     ) -> dict[str, float]:
         """Return the largest share of each source in some rows of the run."""
         ceilings = dict.fromkeys(self._configured, math.inf)
-        for name, max_epochs in self._max_epochs.items():
+        for name, max_epochs in allowed.items():
             if max_epochs is None or not rows or not num_rows[name]:
                 continue
             rows_left = EPOCH_MARGIN * (max_epochs * num_rows[name] - drawn[name])
@@ -339,21 +349,22 @@ class ReplayShares:
             ceilings[name] = largest_share(name, rows, rows_left, shares, row_tokens, side)
         return ceilings
 
-    def _left_by(self, later: LaterStage) -> dict[str, float]:
-        """Return by how much the share of each source may grow before a later stage lacks rows."""
+    def _left_by(self, stretch: Stretch) -> dict[str, float]:
+        """Return by how much the share of each source may grow before a stretch lacks rows."""
         row_tokens = {}
-        for name, num_rows in later.source_rows.items():
+        for name, num_rows in stretch.source_rows.items():
             if num_rows:
-                row_tokens[name] = later.source_tokens[name] / num_rows
-        drawn = dict.fromkeys(later.source_rows, 0)
+                row_tokens[name] = stretch.source_tokens[name] / num_rows
+        allowed = self._max_epochs if stretch.max_epochs is None else stretch.max_epochs
+        drawn = dict.fromkeys(stretch.source_rows, 0) | dict(stretch.drawn)
         ceilings = self._ceilings(
-            later.rows, later.source_rows, drawn, later.mean_shares, row_tokens
+            allowed, stretch.rows, stretch.source_rows, drawn, stretch.mean_shares, row_tokens
         )
         left = {}
         for name, ceiling in ceilings.items():
-            if not later.source_rows[name]:
+            if not stretch.source_rows[name]:
                 ceiling = 0.0
-            left[name] = ceiling - later.mean_shares[name]
+            left[name] = ceiling - stretch.mean_shares[name]
         return left
 
     def _language_limits(self, names: Iterable[str], weights: Mapping[str, float]) -> list[float]:

@@ -7,7 +7,7 @@ data (built by the first rank if it is missing and small) -> engine -> checkpoin
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from cpt.checkpoint.adapter_state import AdapterBase, AdapterState
 from cpt.checkpoint.lineage import lineage_of_run
@@ -51,6 +51,7 @@ from cpt.training.engine import TrainingEngine
 from cpt.training.original_router import watch_drift
 from cpt.training.stability import Stability
 from data_pipeline.dataset import BuiltData
+from data_pipeline.mixture.epochs import with_weights
 from data_pipeline.mixture.stages import mixture_of
 
 log = logging.getLogger("cpt.job.assembly")
@@ -64,6 +65,7 @@ def assemble(context: RunContext) -> Job:
     """
     config, group = context.config, context.control_group
     data = open_data(context)
+    context = replace(context, mix=with_weights(context.mix, data.manifest))
     on_first_rank(group, lambda: check_expected_plan(context, data))
     kl_targets = open_kl_targets(config, data, context.topology)
     leave_if_asked(context.stop, group, "before the model was loaded")

@@ -27,7 +27,8 @@ class RunContext:
     model_config: GptOssConfig
     """The architecture, from config.json or a preset."""
     mix: MixConfig
-    """The data mix as the user wrote it."""
+    """The data mix as the user wrote it, with the weights that its epochs mean once the build is
+    open."""
     run_dir: Path
     resume: str
     """`auto`, `never` or a step."""

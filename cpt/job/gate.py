@@ -93,11 +93,12 @@ from cpt.resilience.devices import memory_of_gpu
 from cpt.resilience.environment import LaunchEnvironment
 from cpt.telemetry.trackers import tracker_problems
 from cpt.training.kl_targets import presence_problems
-from cpt.training.schedule import with_decay_steps
+from cpt.training.schedule import factors_of_run, with_decay_steps
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.strict_yaml import Located, nearest
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan
+from data_pipeline.mixture.epochs import has_epochs, with_weights
 from data_pipeline.mixture.phases import phase_problems
 from data_pipeline.mixture.staged_plan import StagedPlan
 from data_pipeline.store.ownership import RUN_FOLDERS, refuse_foreign
@@ -294,15 +295,20 @@ class _Gate:
         if mix is None:
             return
         train = self.run_yaml.train
-        if train.total_steps:
-            self.found.add(phase_problems(mix, train.total_steps))
+        problems = phase_problems(mix, train.total_steps) if train.total_steps else []
+        if problems:
+            self.found.add(problems)
+            return
         tied = self.found.attempt(lambda: with_decay_steps(train, mix))
-        if tied is None or self.config is None:
+        factors = None
+        if tied is not None:
+            factors = self.found.attempt(lambda: factors_of_run(train, mix))
+        if tied is None or factors is None or self.config is None:
             return
         configs = []
         for config in self.configs:
             of_stage = replace(config.train, decay_steps=tied.decay_steps)
-            configs.append(replace(config, train=of_stage))
+            configs.append(replace(config, train=of_stage, lr_factors=factors))
         self.configs = tuple(configs)
         self.config = self.configs[0]
 
@@ -465,9 +471,19 @@ class _Gate:
             )
         )
         self._check_kept_files(mix, num_documents)
-        start = self._start(mix, data)
-        if start is not None and data is not None:
-            self._check_plan(mix, data, start)
+        weighted = self._with_weights(mix, data)
+        start = None if weighted is None else self._start(weighted, data)
+        if weighted is not None and start is not None and data is not None:
+            self._check_plan(weighted, data, start)
+
+    def _with_weights(self, mix: MixConfig, data: BuiltData | None) -> MixConfig | None:
+        """Return the mix with its weights; None if they are refused, or cannot be known yet."""
+        if not has_epochs(mix):
+            return mix
+        if data is None:
+            return None
+        manifest = data.manifest
+        return self.found_by_one.attempt(lambda: with_weights(mix, manifest))
 
     def _check_kept_files(self, mix: MixConfig, num_documents: Mapping[str, int | None]) -> None:
         """Check that a run that goes on still has what the guard kept of the untouched model."""

@@ -26,12 +26,12 @@ from cpt.guard.decision import after_pause
 from cpt.guard.guard import Guard
 from cpt.guard.ladder import LEVERS, RELIEFS, Decision, GuardState
 from cpt.guard.lever_limits import LeverLimits
-from cpt.guard.replay_share import LaterStage
 from cpt.guard.yardstick import Evidence, Reading
 from cpt.job.job import Job
 from cpt.job.progress import read_guard_rollbacks, write_guard_rollbacks
 from cpt.job.run_report import draw_report_together
 from cpt.job.saving import end, final_save
+from cpt.job.stretches import capped_phases, later_stages
 from cpt.parallel.agreement import on_first_rank
 
 log = logging.getLogger("cpt.job.guard_levers")
@@ -54,7 +54,7 @@ def lever_limits(job: Job) -> LeverLimits:
         batches_left=max(0, last_batch + 1 - batch),
         batch_size=train.global_batch_size,
         mean_shares=mean_shares,
-        later_stages=later_stages(job),
+        stretches=[*later_stages(job), *capped_phases(job)],
     )
     return replace(
         limits,
@@ -62,33 +62,6 @@ def lever_limits(job: Job) -> LeverLimits:
         kl_weight=train.kl_weight,
         router_overlap=job.router_overlap,
     )
-
-
-def later_stages(job: Job) -> list[LaterStage]:
-    """Return the stages of sequence length after the present one, in which a raise holds on."""
-    stages = job.stages
-    if stages is None:
-        return []
-    found = []
-    for number in range(job.config.stage + 1, len(stages.spans)):
-        first, stop = stages.batches_of(number, job.num_batches)
-        if first == stop:
-            continue
-        span = stages.spans[number]
-        source_rows = {}
-        source_tokens = {}
-        for entry in job.data.manifest.sources:
-            source_rows[entry.name] = entry.stages[number].rows
-            source_tokens[entry.name] = entry.stages[number].predicted_tokens
-        found.append(
-            LaterStage(
-                rows=(stop - first) * span.global_batch_size,
-                source_rows=source_rows,
-                source_tokens=source_tokens,
-                mean_shares=job.ledger.mean_weights(first, stop),
-            )
-        )
-    return found
 
 
 def set_levers(job: Job, lr: float) -> None:

@@ -158,7 +158,7 @@ def do_step(
     started = time.perf_counter()
     progress = job.progress
     step = progress.step + 1
-    lr = learning_rate(progress.step, job.config.train)
+    lr = learning_rate(progress.step, job.config.train, job.config.lr_factors)
     if job.guard is not None:
         lr *= job.guard.state.lr_scale
     set_levers(job, lr)

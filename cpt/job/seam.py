@@ -5,14 +5,14 @@ Decisions
     A changed schedule has to be accepted, because the checkpoint was made on the way down another
     curve.  What counts is the curve and not the keys: two schedules are the same if they have the
     same learning rate in every step to come that both have.  So more steps of a constant rate, or a
-    longer warm-up that is over, need no word.
+    longer warm-up that is over, need no word. The factors of the mix's phases belong to the curve.
     A checkpoint without a readable configuration is taken as it is, and that is told.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from cpt.checkpoint.run_state import RunState
 from cpt.config import RunConfig, TrainSection
 from cpt.errors import ConfigError
 from cpt.training.schedule import learning_rate
+from data_pipeline.mixture.phases import RateFactor
 
 ACCEPT_KEY = "train.accept_schedule_change"
 SCHEDULE_KEYS = ("lr", "min_lr_ratio", "schedule", "warmup_steps", "decay_steps", "total_steps")
@@ -47,6 +48,10 @@ class Seam:
     """The schedule of the checkpoint; None if it cannot be read."""
     now: TrainSection
     """The schedule of the run."""
+    factors_before: tuple[RateFactor, ...] = ()
+    """What the phases of the mix made of it; the phases behind a checkpoint are its past."""
+    factors_now: tuple[RateFactor, ...] = ()
+    """What they make of it in the run."""
 
     @classmethod
     def of(cls, state: RunState, checkpoint: str, step: int, config: RunConfig) -> Seam:
@@ -62,12 +67,15 @@ class Seam:
         lines: list[str] = []
         if before is not None:
             lines = _differences(before, config.to_plain())
+        factors = _factors_of(before)
         return cls(
             checkpoint=checkpoint,
             step=step,
             differences=tuple(lines),
-            before=_schedule_of(before, config.train),
+            before=None if factors is None else _schedule_of(before, config.train),
             now=config.train,
+            factors_before=factors or (),
+            factors_now=config.lr_factors,
         )
 
     @property
@@ -86,11 +94,11 @@ class Seam:
         before = self.before
         if before is None or self.is_done:
             return False
-        for step in _compared_steps(self.step, before, self.now):
-            planned = learning_rate(step, before)
-            if not math.isclose(
-                planned, learning_rate(step, self.now), rel_tol=_RELATIVE_TOLERANCE
-            ):
+        bends = {span.start_step for span in (*self.factors_before, *self.factors_now)}
+        for step in _compared_steps(self.step, before, self.now, bends):
+            planned = learning_rate(step, before, self.factors_before)
+            rate = learning_rate(step, self.now, self.factors_now)
+            if not math.isclose(planned, rate, rel_tol=_RELATIVE_TOLERANCE):
                 return True
         return False
 
@@ -108,6 +116,7 @@ class Seam:
             old_value, new_value = getattr(before, name), getattr(self.now, name)
             if old_value != new_value:
                 changed.append(f"train.{name} {old_value} -> {new_value}")
+        changed += _changed_factors(self.factors_before, self.factors_now)
         raise ConfigError(
             f"{self.checkpoint} was trained with another schedule ({', '.join(changed)}): "
             f"{self._rates()}. Change it back, or accept it with --set {ACCEPT_KEY}=true."
@@ -134,14 +143,14 @@ class Seam:
         return "\n".join(lines)
 
     def _rates(self) -> str:
-        following = f"step {self.step + 1} has {learning_rate(self.step, self.now):.4g}"
+        rate = learning_rate(self.step, self.now, self.factors_now)
+        following = f"step {self.step + 1} has {rate:.4g}"
         if self.before is None:
             return f"learning rate: {following}"
         if self.step > 0:
-            following = (
-                f"step {self.step} had {learning_rate(self.step - 1, self.before):.4g}, {following}"
-            )
-        planned = learning_rate(self.step, self.before)
+            last = learning_rate(self.step - 1, self.before, self.factors_before)
+            following = f"step {self.step} had {last:.4g}, {following}"
+        planned = learning_rate(self.step, self.before, self.factors_before)
         return f"learning rate: {following} (planned before: {planned:.4g})"
 
 
@@ -194,6 +203,53 @@ def _schedule_of(before: Mapping[str, Any] | None, now: TrainSection) -> TrainSe
     return replace(now, **values)
 
 
+def _factors_of(before: Mapping[str, Any] | None) -> tuple[RateFactor, ...] | None:
+    """Return the factors of an earlier configuration; None if they cannot be read."""
+    listed = [] if before is None else before.get("lr_factors", [])
+    if not isinstance(listed, (list, tuple)):
+        return None
+    examples: dict[str, Any] = {
+        "phase": "",
+        "start_step": 0,
+        "stop_step": 0,
+        "first": 1.0,
+        "last": 1.0,
+    }
+    factors = []
+    for item in listed:
+        if not isinstance(item, Mapping) or item.keys() != examples.keys():
+            return None
+        if not all(_is_like(item[key], example) for key, example in examples.items()):
+            return None
+        if item["stop_step"] <= item["start_step"]:
+            return None
+        factors.append(RateFactor(**item))
+    return tuple(factors)
+
+
+def _changed_factors(before: Sequence[RateFactor], now: Sequence[RateFactor]) -> list[str]:
+    """Return what differs between the factors of phases, for people."""
+    old = {factor.phase: factor for factor in before}
+    new = {factor.phase: factor for factor in now}
+    lines = []
+    for phase in dict.fromkeys([*old, *new]):
+        if old.get(phase) != new.get(phase):
+            lines.append(
+                f"factor of phase {phase} {_factor_text(old.get(phase))} -> "
+                f"{_factor_text(new.get(phase))}"
+            )
+    return lines
+
+
+def _factor_text(factor: RateFactor | None) -> str:
+    if factor is None:
+        return "1"
+    text = f"{factor.first:g}"
+    if factor.last != factor.first:
+        text += f" to {factor.last:g}"
+    return f"{text} (steps {factor.start_step + 1} to {factor.stop_step})"
+
+
 def _is_like(value: Any, example: Any) -> bool:
     """Return whether a value of a manifest has the type of a value of today and can be used."""
     if isinstance(example, str):
@@ -204,13 +260,24 @@ def _is_like(value: Any, example: Any) -> bool:
     return is_number and 0 <= value < 2**63
 
 
-def _compared_steps(first: int, before: TrainSection, now: TrainSection) -> list[int]:
-    """Return steps at which two schedules are compared: at least the next one."""
+def _compared_steps(
+    first: int, before: TrainSection, now: TrainSection, bends: Iterable[int] = ()
+) -> list[int]:
+    """Return steps at which two schedules are compared: at least the next one.
+
+    Args:
+        first: The next step.
+        before: The schedule of the checkpoint.
+        now: That of the run.
+        bends: Steps at which phases of the mix begin.
+    """
     last = max(first, min(before.total_steps, now.total_steps) - 1)
     steps = {first, last}
+    all_bends = set(bends)
     for train in (before, now):
-        for bend in (train.warmup_steps, train.total_steps - train.decay_steps):
-            steps |= {bend - 1, bend, bend + 1}
+        all_bends |= {train.warmup_steps, train.total_steps - train.decay_steps}
+    for bend in all_bends:
+        steps |= {bend - 1, bend, bend + 1}
     for number in range(_NUM_COMPARED_STEPS):
         steps.add(first + (last - first) * number // _NUM_COMPARED_STEPS)
     return sorted(step for step in steps if first <= step <= last)

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cpt.config import TrainSection
+from cpt.config.sections import LARGEST_LR
 from cpt.errors import ConfigError
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.strict_yaml import nearest
-from data_pipeline.mixture.phases import phases_of
+from data_pipeline.mixture.phases import RateFactor, phases_of, rate_factor_at, rate_factors
 
 
-def learning_rate(step: int, train: TrainSection) -> float:
+def learning_rate(step: int, train: TrainSection, factors: Sequence[RateFactor] = ()) -> float:
     """Return the learning rate of optimizer step `step`, counted from 0.
+
+    It is that of the run YAML (`_rate_of_section`) times the factor of the phase that the step is
+    in.
+
+    Args:
+        step: The step.
+        train: The `train` section.
+        factors: Those of the phases of the mix (`RunConfig.lr_factors`); none if all are 1.
+    """
+    rate = _rate_of_section(step, train)
+    return rate * rate_factor_at(step, factors) if factors else rate
+
+
+def _rate_of_section(step: int, train: TrainSection) -> float:
+    """Return the learning rate that the run YAML plans for a step.
 
     Linear warm-up reaches the peak at step `warmup_steps`. Then the rate is `constant`, falls with
     `cosine` to the floor at `total_steps`, or with `wsd` stays at the peak until the last
@@ -59,3 +76,28 @@ def with_decay_steps(train: TrainSection, mix: MixConfig) -> TrainSection:
             f"takes {train.warmup_steps} (train.warmup_steps). Shorten it, or name a later phase."
         )
     return replace(train, decay_steps=train.total_steps - start)
+
+
+def factors_of_run(train: TrainSection, mix: MixConfig) -> tuple[RateFactor, ...]:
+    """Return the factors of the phases of a mix on the learning rate; none if all are 1.
+
+    Like the decay, they count steps.
+
+    Raises:
+        ConfigError: the run cannot follow the schedule of the mix, or a rate would be too large.
+    """
+    if not train.total_steps:
+        return ()
+    factors = rate_factors(mix, train.total_steps)
+    problems = []
+    for factor in factors:
+        largest = max(factor.first, factor.last)
+        if train.lr * largest > LARGEST_LR:
+            problems.append(
+                f"schedule[{factor.phase}] of the mix has a factor of {largest:g} on the learning "
+                f"rate: {largest:g} x train.lr {train.lr:g} must be <= {LARGEST_LR:g}, because "
+                "AdamW moves every weight by about the rate in a step. Lower one of them."
+            )
+    if problems:
+        raise ConfigError(problems)
+    return factors

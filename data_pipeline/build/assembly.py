@@ -286,7 +286,7 @@ def _pack_stages(
     splits = split_by_stage(trained, hashes, mix.stages, is_chat=shards.chat)
     entries = []
     for stage, segments in zip(mix.stages, splits, strict=True):
-        if not len(segments) and source.weight > 0:
+        if not len(segments) and source.is_trained:
             raise DataError(
                 f"source '{source.name}': no document is left for the stage of rows of "
                 f"{stage.seq_len} tokens. It has {len(np.unique(trained.document))} documents, and "

@@ -39,7 +39,7 @@ def check_dropped(mix: MixConfig, sources: Sequence[DecidedSource]) -> None:
         fates = source.fates
         num_dropped = fates.num_held_out_copies + fates.count(Fate.CONTAMINATED)
         num_documents = len(fates.fates) - len(fates.held_out)
-        if config.weight > 0 and num_dropped > MAX_DROPPED_SHARE * num_documents:
+        if config.is_trained and num_dropped > MAX_DROPPED_SHARE * num_documents:
             num_own = source.contaminated_by.get(config.name, 0)
             problems.append(
                 f"source '{config.name}': {num_dropped} of {num_documents} training documents are, "

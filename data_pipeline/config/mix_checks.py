@@ -8,7 +8,6 @@ Decisions
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import defaultdict
@@ -25,6 +24,7 @@ from data_pipeline.config.schedule_config import check_schedule
 from data_pipeline.config.source_config import LANGUAGES, SUFFIXES, suffix_format
 from data_pipeline.config.stage_config import MAX_SEQ_LEN
 from data_pipeline.config.strict_yaml import KeyPath, Reader, nearest
+from data_pipeline.config.weight_checks import check_weights, give_epochs
 from data_pipeline.errors import unnamable
 from data_pipeline.objects.object_paths import address_problem, is_address
 
@@ -53,7 +53,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
     if not sources:
         return
     _check_unique(reader, sources, ("sources",))
-    _check_weights(reader, sources)
+    check_weights(reader, sources, _sections(raw.get("schedule")).values())
     _check_loss_weights(reader, raw, sources)
     if need_files:
         for index, source in sources.items():
@@ -145,43 +145,10 @@ def _check_unique(reader: Reader, sections: dict[int, RawSection], parent: KeyPa
         first.setdefault(name, path)
 
 
-def _check_weights(reader: Reader, sources: dict[int, RawSection]) -> None:
-    """Check that the weights are shares that sum to 1, if all of them are numbers."""
-    weights: dict[int, float] = {}
-    for index, source in sources.items():
-        weight = source.get("weight")
-        if _is_number(weight):
-            weights[index] = float(weight)
-    negative = [index for index, weight in weights.items() if weight < 0]
-    for index in negative:
-        reader.problem(
-            ("sources", index, "weight"),
-            f"is {weights[index]:g}, must be >= 0. "
-            "Remove the source or give it a share of the tokens.",
-        )
-    all_finite = all(map(math.isfinite, weights.values()))
-    if negative or not all_finite or len(weights) < len(sources):
-        return
-    total = math.fsum(weights.values())
-    if total == 0:
-        reader.problem(
-            ("sources",), "have weights that are all 0. Give at least one a share of the tokens."
-        )
-    elif abs(total - 1) > WEIGHT_SUM_TOLERANCE:
-        scaled = []
-        for index, weight in weights.items():
-            name = sources[index].get("name", f"sources[{index}]")
-            scaled.append(f"{name} {weight / total:.6g}")
-        reader.problem(
-            ("sources",),
-            f"have weights that sum to {total:.9g}, must be 1. Scaled to 1: {', '.join(scaled)}.",
-        )
-
-
 def _check_loss_weights(reader: Reader, raw: RawSection, sources: dict[int, RawSection]) -> None:
     """Check that some source is learned from, in the whole mix or in each phase of a schedule."""
     by_name = _by_name(sources)
-    planned = {name: source.get("weight") for name, source in by_name.items()}
+    planned = {name: _weight_or_some(source) for name, source in by_name.items()}
     places: list[tuple[KeyPath, list[Any]]] = []
     for index, phase in _sections(raw.get("schedule")).items():
         ends = [phase.get("weights") or planned, phase.get("to") or {}]
@@ -198,6 +165,11 @@ def _check_loss_weights(reader: Reader, raw: RawSection, sources: dict[int, RawS
                 "trains on sources of loss_weight 0 alone: nothing would be learned. Remove it "
                 "from one of them.",
             )
+
+
+def _weight_or_some(source: RawSection) -> Any:
+    """Return the weight of a source, or in place of epochs any weight above 0."""
+    return source.get("weight") if source.get("epochs") is None else 1.0
 
 
 def _check_hooks(
@@ -391,8 +363,8 @@ def _check_languages(reader: Reader, limits: Any, sources: list[RawSection]) -> 
         path: KeyPath = ("languages", language)
         if language not in LANGUAGES:
             reader.problem(path, f"is not a known language.{nearest(str(language), LANGUAGES)}")
-        if not isinstance(bounds, dict):
-            continue
+        if not isinstance(bounds, dict) or give_epochs(sources):
+            continue  # what the epochs give is known with the build (`mixture.epochs`)
         share = shares[language]
         low = bounds.get("min_share", 0.0)
         high = bounds.get("max_share", 1.0)

@@ -23,6 +23,8 @@ from data_pipeline.config.strict_yaml import KeyPath, Reader, nearest
 REST = "rest"
 """The `share` of a last phase that goes on to the end of the run."""
 
+MAX_LR_FACTOR = 100
+"""Largest factor of a phase on the learning rate."""
 RawSection = dict[str, Any]
 
 
@@ -46,6 +48,15 @@ class SchedulePhase:
     without them the weights stay."""
     languages: dict[str, LanguageLimits] = field(default_factory=dict)
     """Bounds on languages during the phase, in place of those of the mix for the same language."""
+    max_epochs: dict[str, float] = field(default_factory=dict)
+    """Largest number of epochs within the phase, by source name; `max_epochs` of a source counts
+    from the beginning of the run."""
+    lr_factor: float = 1.0
+    """Factor on the learning rate during the phase, 0 to 100; the course of `train.schedule` stays
+    what it is."""
+    to_lr_factor: float | None = None
+    """Factor at the last step of the phase, to which `lr_factor` changes on a straight line over
+    its steps; without it the factor stays."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for each broken rule within one phase."""
@@ -59,6 +70,28 @@ class SchedulePhase:
             yield "share", f"is {self.share:g}, must be above 0 and at most 1, or rest."
         if self.until_step is not None and self.until_step < 1:
             yield "until_step", f"is {self.until_step}, must be 1 or more."
+        for name, limit in self.max_epochs.items():
+            if limit <= 0:
+                yield (
+                    f"max_epochs.{name}",
+                    f"is {limit:g}, must be above 0. Remove it to repeat without limit, or leave "
+                    "the source out of the weights.",
+                )
+        factors = {"lr_factor": self.lr_factor, "to_lr_factor": self.last_lr_factor}
+        for key, factor in factors.items():
+            if not 0 <= factor <= MAX_LR_FACTOR:
+                yield key, f"is {factor:g}, must be from 0 to {MAX_LR_FACTOR}."
+        if not any(factors.values()):
+            yield (
+                "lr_factor",
+                "is 0 throughout the phase: nothing would be learned in it. Raise it, or remove "
+                "the phase.",
+            )
+
+    @property
+    def last_lr_factor(self) -> float:
+        """The factor on the learning rate at the last step of the phase."""
+        return self.lr_factor if self.to_lr_factor is None else self.to_lr_factor
 
 
 def check_schedule(reader: Reader, raw: RawSection, sources: Mapping[str, RawSection]) -> None:
@@ -85,6 +118,8 @@ def check_schedule(reader: Reader, raw: RawSection, sources: Mapping[str, RawSec
         for key in ("weights", "to"):
             if isinstance(phase.get(key), dict):
                 _check_weights(reader, phase[key], ("schedule", index, key), sources)
+        for name in _section(phase.get("max_epochs")):
+            _check_source(reader, name, ("schedule", index, "max_epochs", name), sources)
         _check_languages(reader, raw, phase, ("schedule", index), sources)
 
 
@@ -145,14 +180,19 @@ def _check_lengths(reader: Reader, phases: Mapping[int, RawSection]) -> None:
         )
 
 
+def _check_source(
+    reader: Reader, name: Any, path: KeyPath, sources: Mapping[str, RawSection]
+) -> None:
+    if name not in sources:
+        reader.problem(path, f"is no source of the mix.{nearest(str(name), sources)}")
+
+
 def _check_weights(
     reader: Reader, weights: RawSection, path: KeyPath, sources: Mapping[str, RawSection]
 ) -> None:
     """Check that weights name sources with text to train on, and are shares that sum to 1."""
     for name, weight in weights.items():
-        if name not in sources:
-            suggestion = nearest(str(name), sources)
-            reader.problem((*path, name), f"is no source of the mix.{suggestion}")
+        _check_source(reader, name, (*path, name), sources)
         if not _is_number(weight):
             return
         if not 0 <= weight < math.inf:

@@ -77,6 +77,8 @@ DECIDING_SHAPE_KEYS = (
 )
 """Keys that decide what a record says in the shape of ShareGPT or Alpaca, and in no other."""
 
+MAX_EPOCHS = 10_000
+"""Largest number of epochs that a source may ask for."""
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -209,8 +211,12 @@ class SourceConfig:
     the text unchanged."""
     fill_in_the_middle: float | None = None
     """Refused with the reason: gpt-oss's vocabulary (o200k_harmony) has no tokens for it."""
-    weight: float
-    """Share of the predicted tokens, 0 to 1; all weights sum to 1."""
+    weight: float = 0.0
+    """Share of the predicted tokens, 0 to 1; all weights sum to 1. Every source gives this or
+    `epochs`, and 0 means that it is never trained on."""
+    epochs: float | None = None
+    """Instead of `weight`, in all sources of the mix: how often the source is read over the run,
+    above 0. Its weight follows from the learned tokens of the build."""
     loss_weight: float = 1.0
     """How much the loss of each of its predicted tokens counts, 0 or from 1e-6 to 1e6: the loss
     that is trained is the mean over the tokens of a batch, weighted by it. What is logged is not
@@ -235,7 +241,7 @@ class SourceConfig:
                 "held_out_share",
                 f"is {self.held_out_share:g}, must be from 0 to 1 (a share of the documents).",
             )
-        if self.held_out_share == 1 and self.weight > 0:
+        if self.held_out_share == 1 and self.is_trained:
             yield (
                 "held_out_share",
                 "is 1, which leaves nothing to train on. Set weight: 0, or hold out less.",
@@ -251,6 +257,7 @@ class SourceConfig:
                 "max_epochs",
                 f"is {self.max_epochs:g}, must be above 0. Remove it to repeat without limit.",
             )
+        yield from self._check_epochs()
         yield from self._check_template()
         yield from self._check_text()
         yield from self._check_filters()
@@ -261,6 +268,22 @@ class SourceConfig:
         yield from self._check_hub()
         yield from self._check_folder()
         yield from self._check_mock()
+
+    def _check_epochs(self) -> Iterator[Problem]:
+        if self.epochs is None:
+            return
+        if not 0 < self.epochs <= MAX_EPOCHS:
+            yield (
+                "epochs",
+                f"is {self.epochs:g}, must be above 0 and at most {MAX_EPOCHS:,}. A source that is "
+                "never trained on has weight: 0 in its place.",
+            )
+        elif self.max_epochs is not None and self.epochs > self.max_epochs:
+            yield (
+                "epochs",
+                f"is {self.epochs:g}, above max_epochs {self.max_epochs:g}. Lower it, or raise "
+                "max_epochs.",
+            )
 
     def _check_template(self) -> Iterator[Problem]:
         if self.template is None:
@@ -420,6 +443,11 @@ class SourceConfig:
                 yield key, "is given, but only format: mock invents documents. Remove it."
             elif value is not None and value < 2:
                 yield key, f"is {value}, must be at least 2."
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the mix draws from the source without a phase that says so."""
+        return self.weight > 0 or self.epochs is not None
 
     def patterns(self) -> tuple[str, ...]:
         """Return `path` as a tuple, empty if there is none."""

@@ -12,6 +12,7 @@ Decisions
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,15 @@ import numpy as np
 
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
+from data_pipeline.mixture.epochs import (
+    epochs_warning,
+    has_epochs,
+    has_own_weights,
+    rows_of_epochs,
+)
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.mixture import Mixture, RowNumbers
+from data_pipeline.mixture.phases import RateFactor, rate_factor_at, rate_factors
 from data_pipeline.store.packing import Integers
 from data_pipeline.tables import table
 
@@ -64,6 +72,10 @@ class PlannedSource:
     """Limit that the mix sets."""
     epoch_curve: tuple[float, ...]
     """Epochs at `DataPlan.curve_steps`."""
+    weight: float
+    """Share of the predicted tokens that the mix gives to it, or that follows from its epochs."""
+    asked_epochs: float | None
+    """Epochs that the mix asks for; None if it gives a weight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +119,12 @@ class PlannedPhase:
     """Predicted tokens by source."""
     epochs: Mapping[str, float]
     """Rows drawn over rows in one epoch, by source."""
+    end_epochs: Mapping[str, float]
+    """The same from the beginning of the run to the end of the phase."""
+    lr_factor: float
+    """Factor on the learning rate at the first step."""
+    last_lr_factor: float
+    """Factor on the learning rate at the last step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +192,7 @@ class DataPlan:
         """Return a table for people, then shares, limits and warnings."""
         shares = self.language_shares()
         lines = [
-            table(_COLUMNS, [_table_row(source) for source in self.sources]),
+            self._source_table(),
             *self._phase_tables(),
             f"{self.steps:,} steps of {self.global_batch_size:,} rows: {self.drawn_tokens:,} "
             "predicted tokens",
@@ -206,14 +224,24 @@ class DataPlan:
         lines += [f"warning: {line}" for line in self.warnings]
         return "\n".join(lines)
 
+    def _source_table(self) -> str:
+        """Return a table of the sources, with the epochs that they ask for if any do."""
+        columns = list(_COLUMNS)
+        rows = [_table_row(source) for source in self.sources]
+        if any(source.asked_epochs is not None for source in self.sources):
+            columns += ["asked epochs", "weight from them"]
+            rows = [[*row, *_asked(source)] for row, source in zip(rows, self.sources, strict=True)]
+        return table(columns, rows)
+
     def _phase_tables(self) -> list[str]:
         """Return a table of what each phase draws from each source, if there are phases."""
-        rows = []
-        for phase in self.phases:
-            for name, tokens in phase.drawn_tokens.items():
-                if tokens:
-                    rows.append(_phase_row(phase, name))
-        return [table(_PHASE_COLUMNS, rows)] if rows else []
+        table_of_phases = phase_table(self.phases)
+        return [table_of_phases] if table_of_phases else []
+
+    @property
+    def changes_rate(self) -> bool:
+        """Whether any phase has a factor on the learning rate."""
+        return any(not phase.lr_factor == phase.last_lr_factor == 1 for phase in self.phases)
 
 
 _COLUMNS = (
@@ -230,9 +258,9 @@ _COLUMNS = (
 )
 
 
-def _table_row(source: PlannedSource) -> tuple[str, ...]:
+def _table_row(source: PlannedSource) -> list[str]:
     step = source.read_once_at_step
-    return (
+    return [
         source.name,
         source.language,
         f"{source.documents:,}",
@@ -243,10 +271,42 @@ def _table_row(source: PlannedSource) -> tuple[str, ...]:
         f"{source.share:.2%}",
         f"{source.epochs:.2f}",
         "-" if step is None else f"{step:,}",
-    )
+    ]
 
 
-_PHASE_COLUMNS = ("phase", "steps", "source", "weight", "drawn tokens", "epochs")
+def _asked(source: PlannedSource) -> tuple[str, str]:
+    if source.asked_epochs is None:
+        return "-", "-"
+    return f"{source.asked_epochs:g}", f"{source.weight:.2%}"
+
+
+PHASE_COLUMNS = (
+    "phase",
+    "steps",
+    "source",
+    "weight",
+    "drawn tokens",
+    "epochs",
+    "epochs at its end",
+    "lr factor",
+)
+"""Columns of `phase_rows`."""
+
+
+def phase_rows(phases: Sequence[PlannedPhase]) -> list[tuple[str, ...]]:
+    """Return a row for each phase and source that it draws from, in the order of the steps."""
+    rows = []
+    for phase in phases:
+        for name, tokens in phase.drawn_tokens.items():
+            if tokens:
+                rows.append(_phase_row(phase, name))
+    return rows
+
+
+def phase_table(phases: Sequence[PlannedPhase]) -> str:
+    """Return `phase_rows` as a table for people; empty without phases."""
+    rows = phase_rows(phases)
+    return table(PHASE_COLUMNS, rows) if rows else ""
 
 
 def _phase_row(phase: PlannedPhase, source: str) -> tuple[str, ...]:
@@ -256,10 +316,16 @@ def _phase_row(phase: PlannedPhase, source: str) -> tuple[str, ...]:
         phase.name or "-",
         f"{phase.start_step + 1:,} to {phase.stop_step:,}",
         source,
-        first if first == last else f"{first} -> {last}",
+        _change(first, last),
         f"{phase.drawn_tokens[source]:,}",
         f"{phase.epochs[source]:.2f}",
+        f"{phase.end_epochs[source]:.2f}",
+        _change(f"{phase.lr_factor:g}", f"{phase.last_lr_factor:g}"),
     )
+
+
+def _change(first: str, last: str) -> str:
+    return first if first == last else f"{first} -> {last}"
 
 
 def _name_of(limit: PlannedLimit) -> str:
@@ -307,16 +373,18 @@ def make_data_plan(
     limits = _check_limits(mix, ledger, sources, longest_row)
     phases: tuple[PlannedPhase, ...] = ()
     if ledger.has_phases:
-        phases = _plan_phases(built, mixture, ledger, curve_steps, drawn_rows)
+        factors = rate_factors(mix, ledger.segments[-1].total_steps or end)
+        phases = _plan_phases(built, mixture, ledger, factors, curve_steps, drawn_rows)
         limits += _check_phase_limits(mix, ledger, sources, phases, longest_row)
     problems = []
     warnings = []
     for source in sources:
         problems += _too_many_epochs(source, curve_steps)
         warnings += _many_epochs(source, curve_steps)
+    problems += _too_many_in_phases(mix, phases)
     for limit in limits:
         problems += _broken_limit(limit)
-    return DataPlan(
+    plan = DataPlan(
         steps=steps,
         global_batch_size=global_batch_size,
         sources=sources,
@@ -326,16 +394,69 @@ def make_data_plan(
         warnings=tuple(warnings),
         phases=phases,
     )
+    if built.num_stages > 1:  # the epochs are of all stages together
+        return plan
+    of_epochs = read_and_asked(plan, mix, steps_of_epochs([built], mix, [global_batch_size]))
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *of_epochs))
+
+
+def steps_of_epochs(stages: Sequence[BuiltData], mix: MixConfig, rows: Sequence[int]) -> int:
+    """Return the steps after which every source was read as often as it asks for; 0 without epochs.
+
+    Args:
+        stages: The build, of each stage of sequence length.
+        mix: The mix.
+        rows: Packed rows of a step in each stage.
+    """
+    steps = 0
+    for built, rows_of_step in zip(stages, rows, strict=True):
+        num_rows = [built.num_rows(source) for source in range(len(built.source_names))]
+        steps += math.ceil(rows_of_epochs(mix, num_rows) / rows_of_step)
+    return steps
+
+
+def read_and_asked(plan: DataPlan, mix: MixConfig, asked_steps: int) -> list[str]:
+    """Return the warning of a run that does not read its sources as often as they ask for.
+
+    Args:
+        plan: The plan of the whole run.
+        mix: The mix.
+        asked_steps: As `steps_of_epochs` returns them.
+    """
+    if not has_epochs(mix):
+        return []
+    own = {phase.name for phase in mix.schedule if has_own_weights(phase)}
+    steps = plan.steps
+    tokens = {source.name: source.drawn_tokens for source in plan.sources}
+    for phase in plan.phases:
+        if phase.name in own:
+            steps -= phase.stop_step - phase.start_step
+            for name, drawn in phase.drawn_tokens.items():
+                tokens[name] -= drawn
+    epochs = {}
+    for source in plan.sources:
+        epochs[source.name] = tokens[source.name] / max(source.tokens, 1)
+    return epochs_warning(mix, epochs, steps, asked_steps)
 
 
 def _plan_phases(
     built: BuiltData,
     mixture: Mixture,
     ledger: Ledger,
+    factors: Sequence[RateFactor],
     curve_steps: tuple[int, ...],
     drawn_rows: Integers,
 ) -> tuple[PlannedPhase, ...]:
-    """Return what each segment of a scheduled ledger draws; arguments as in `_plan_sources`."""
+    """Return what each segment of a scheduled ledger draws.
+
+    Args:
+        built: As in `_plan_sources`.
+        mixture: As in `_plan_sources`.
+        ledger: The mix over the run.
+        factors: Those of the phases on the learning rate.
+        curve_steps: As in `_plan_sources`.
+        drawn_rows: As in `_plan_sources`.
+    """
     starts = [segment.start_step for segment in ledger.segments]
     phases = []
     for segment, next_start in zip(ledger.segments, [*starts[1:], curve_steps[-1]], strict=True):
@@ -347,6 +468,7 @@ def _plan_phases(
         after = drawn_rows[curve_steps.index(stop)]
         tokens = {}
         epochs = {}
+        end_epochs = {}
         for number, name in enumerate(built.source_names):
             row_tokens = built.row_tokens(number)
             until = []
@@ -355,6 +477,7 @@ def _plan_phases(
                 until.append(_count_drawn_tokens(mixture, row_tokens, number, num_drawn))
             tokens[name] = until[1] - until[0]
             epochs[name] = int(after[number] - before[number]) / max(len(row_tokens), 1)
+            end_epochs[name] = int(after[number]) / max(len(row_tokens), 1)
         names = tokens.keys()
         phases.append(
             PlannedPhase(
@@ -365,6 +488,9 @@ def _plan_phases(
                 end_weights=_of_all(names, segment.weights_at(stop)),
                 drawn_tokens=tokens,
                 epochs=epochs,
+                end_epochs=end_epochs,
+                lr_factor=rate_factor_at(start, factors),
+                last_lr_factor=rate_factor_at(stop - 1, factors),
             )
         )
     return tuple(phases)
@@ -421,6 +547,8 @@ def _plan_sources(
                 share=drawn_tokens[number] / total_tokens,
                 read_once_at_step=read_once_at_step,
                 max_epochs=config.max_epochs,
+                weight=config.weight,
+                asked_epochs=config.epochs,
                 epoch_curve=tuple(curve.round(6).tolist()),
             )
         )
@@ -526,6 +654,26 @@ def _too_many_epochs(source: PlannedSource, curve_steps: tuple[int, ...]) -> lis
         f"max_epochs is {source.max_epochs:g}, which is used up near step {step:,}. Train fewer "
         "steps, add data, lower its weight, or raise max_epochs."
     ]
+
+
+def _too_many_in_phases(mix: MixConfig, phases: Sequence[PlannedPhase]) -> list[str]:
+    """Return a problem for each source that a phase reads more often than it allows."""
+    read: dict[tuple[str, str], float] = {}
+    for phase in phases:  # one that an edit or the guard has cut is one phase
+        for name, epochs in phase.epochs.items():
+            read[phase.name, name] = read.get((phase.name, name), 0.0) + epochs
+    problems = []
+    for allowed in mix.schedule:
+        for name, limit in allowed.max_epochs.items():
+            epochs = read.get((allowed.name, name), 0.0)
+            if epochs > limit:
+                problems.append(
+                    f"source '{name}': phase '{allowed.name}' takes {epochs:.2f} epochs of it, and "
+                    f"its max_epochs for the source is {limit:g}. Shorten the phase, lower the "
+                    f"source's weight in it, add data, or raise schedule[{allowed.name}]."
+                    "max_epochs."
+                )
+    return problems
 
 
 def _many_epochs(source: PlannedSource, curve_steps: tuple[int, ...]) -> list[str]:

@@ -103,6 +103,13 @@ class Segment:
                 bounds |= phase["languages"]
         return bounds
 
+    def phase_max_epochs(self) -> dict[str, float]:
+        """Return the epochs that the phase allows, by source; a source not here has no ceiling."""
+        for phase in self.settings.get("schedule", []):
+            if phase["name"] == self.phase:
+                return dict(phase.get("max_epochs", {}))
+        return {}
+
     def to_json(self) -> dict[str, Any]:
         """Return the segment as JSON values, without what it does not have."""
         plain = dataclasses.asdict(self)
@@ -210,6 +217,32 @@ class Ledger:
         """Return the segment of a step."""
         starts = [segment.start_step for segment in self.segments]
         return self.segments[bisect.bisect_right(starts, step) - 1]
+
+    def phase_start(self, step: int) -> int:
+        """Return the first step of the phase of a step, whatever cut it into segments since."""
+        number = self.segments.index(self.segment_at(step))
+        phase = self.segments[number].phase
+        while phase and number and self.segments[number - 1].phase == phase:
+            number -= 1
+        return self.segments[number].start_step
+
+    def capped_spans(self, first_step: int, stop_step: int) -> list[tuple[int, int]]:
+        """Return (first step, stop) of the phases with ceilings of epochs between two steps."""
+        spans: list[tuple[int, int]] = []
+        for index, segment in enumerate(self.segments):
+            if not segment.phase_max_epochs():
+                continue
+            start = max(first_step, segment.start_step)
+            stop = stop_step
+            if index + 1 < len(self.segments):
+                stop = min(stop, self.segments[index + 1].start_step)
+            if start >= stop:
+                continue
+            if spans and self.phase_start(start) == self.phase_start(spans[-1][0]):
+                spans[-1] = (spans[-1][0], stop)
+            else:
+                spans.append((start, stop))
+        return spans
 
     def mean_weights(self, first_step: int, stop_step: int) -> dict[str, float]:
         """Return the mean share of every source over some steps, at least one."""
@@ -592,6 +625,8 @@ def _segment(mix: MixConfig, start_step: int, rows: Mapping[str, str] | None) ->
     weights = {}
     max_epochs = {}
     for source in mix.sources:
+        if source.epochs is not None and not source.weight:
+            raise ValueError("the weights of this mix follow from its build: `epochs.with_weights`")
         weights[source.name] = source.weight
         if source.max_epochs is not None:
             max_epochs[source.name] = source.max_epochs

@@ -204,6 +204,7 @@ class Mixture:
         self._snapshots = {first: self._origin()}
         self._snapshot_indices = [first]
         self._latest = (first, self._origin())
+        self._phase_origins: dict[int, Position] = {}
 
     def _position_at(self, index: int, global_batch_size: int) -> Position:
         """Return the position before row `index` of the run."""
@@ -343,6 +344,7 @@ class Mixture:
 
     def _check_epochs(self, step: int, position: Position) -> None:
         segment, _ = self._segment_at(step * self._global_batch_size)
+        self._check_phase_epochs(step, segment, position)
         for name, limit in segment.max_epochs.items():
             source = self._names.index(name)
             epochs = position.drawn_rows[source] / max(len(self._row_tokens[source]), 1)
@@ -352,6 +354,32 @@ class Mixture:
                     f"{limit:g}. Train fewer steps, add data, lower its weight, or raise "
                     "max_epochs."
                 )
+
+    def _check_phase_epochs(self, step: int, segment: Segment, position: Position) -> None:
+        ceilings = segment.phase_max_epochs()
+        if not ceilings:
+            return
+        before = self._phase_origin(step).drawn_rows
+        for name, limit in ceilings.items():
+            source = self._names.index(name)
+            drawn = position.drawn_rows[source] - before[source]
+            epochs = drawn / max(len(self._row_tokens[source]), 1)
+            if epochs > limit:
+                raise DataError(
+                    f"source '{name}': step {step} asks for epoch {epochs:.2f} within phase "
+                    f"'{segment.phase}', whose max_epochs is {limit:g}. Shorten the phase, lower "
+                    "the source's weight in it, add data, or raise "
+                    f"schedule[{segment.phase}].max_epochs."
+                )
+
+    def _phase_origin(self, step: int) -> Position:
+        """Return the position at which the phase of a step begins in these rows; kept."""
+        first = max(self._ledger.phase_start(step), self._first_step)
+        if first not in self._phase_origins:
+            latest = self._latest
+            self._phase_origins[first] = self.position(first, self._global_batch_size)
+            self._latest = latest  # the next step goes on from there, and not from a snapshot
+        return self._phase_origins[first]
 
 
 _BEHIND_EVERY_RUN = 2**62

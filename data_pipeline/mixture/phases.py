@@ -11,7 +11,7 @@ Decisions
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.config.mix_config import MixConfig
@@ -39,6 +39,64 @@ class Phase:
             return dict(self.weights)
         part = (step - self.start_step) / (self.stop_step - self.start_step)
         return between(self.weights, self.to_weights, part)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RateFactor:
+    """What a phase makes of the learning rate."""
+
+    phase: str
+    """Name of the phase."""
+    start_step: int
+    """First step, counted from 0."""
+    stop_step: int
+    """Step after the last one."""
+    first: float
+    """Factor where a straight line begins, one step before the first one; or that of all steps."""
+    last: float
+    """Factor at the last step; `first` unless it changes."""
+
+    def at(self, step: int) -> float:
+        """Return the factor of a step of the phase.
+
+        As in the decay of `train.schedule: wsd`, the last step is the first to have the end.
+        """
+        part = (step + 1 - self.start_step) / (self.stop_step - self.start_step)
+        part = min(max(part, 0.0), 1.0)
+        return (1 - part) * self.first + part * self.last
+
+
+def rate_factors(mix: MixConfig, total_steps: int) -> tuple[RateFactor, ...]:
+    """Return the factors on the learning rate of all phases of a run; none if all are 1.
+
+    Raises:
+        ConfigError: the run cannot follow the schedule.
+    """
+    if all(phase.lr_factor == phase.last_lr_factor == 1 for phase in mix.schedule):
+        return ()
+    factors = []
+    for phase, span in zip(mix.schedule, phases_of(mix, total_steps), strict=True):
+        factors.append(
+            RateFactor(
+                phase=phase.name,
+                start_step=span.start_step,
+                stop_step=span.stop_step,
+                first=phase.lr_factor,
+                last=phase.last_lr_factor,
+            )
+        )
+    return tuple(factors)
+
+
+def rate_factor_at(step: int, factors: Sequence[RateFactor]) -> float:
+    """Return the factor on the learning rate at a step of the run, counted from 0.
+
+    Behind the last phase, where no step of the run is, its last factor stays.
+    """
+    for factor in factors:
+        if step < factor.stop_step:
+            return factor.at(step)
+    return factors[-1].last if factors else 1.0
 
 
 def between(first: Mapping[str, float], last: Mapping[str, float], part: float) -> dict[str, float]:

@@ -23,6 +23,7 @@ WIDTH = 780
 BAR_HEIGHT = 24
 HEADING_HEIGHT = 50
 CURVES_HEIGHT = 360
+RATE_HEIGHT = 200
 
 
 @as_svg
@@ -37,20 +38,32 @@ def draw_plan(plan: DataPlan) -> Figure:
     }
     heights = [HEADING_HEIGHT + BAR_HEIGHT * len(items) for items in bars.values()]
     heights += [CURVES_HEIGHT] * (2 if plan.phases else 1)
+    if plan.changes_rate:
+        heights.append(RATE_HEIGHT)
     figure, charts = new_figure(WIDTH, sum(heights), rows=len(heights), height_ratios=heights)
     for axes, (title, items) in zip(charts, bars.items(), strict=False):
         draw_bars(axes, title, items)
+    charts = list(charts[len(bars) :])
     if plan.phases:
         draw_lines(
-            charts[-2],
+            charts.pop(0),
             _weight_lines(plan),
             title=f"Weights over the run: {', '.join(phase.name for phase in plan.phases)}",
             x_label="step",
             y_label="share",
             from_zero=True,
         )
+    if plan.changes_rate:
+        draw_lines(
+            charts.pop(0),
+            [_rate_line(plan)],
+            title="Factor of the phases on the learning rate",
+            x_label="step",
+            y_label="factor",
+            from_zero=True,
+        )
     draw_lines(
-        charts[-1],
+        charts[0],
         _epoch_curves(plan),
         title="Epochs over the run",
         x_label="step",
@@ -101,6 +114,16 @@ def _weight_lines(plan: DataPlan) -> list[Line]:
                 )
             )
     return lines
+
+
+def _rate_line(plan: DataPlan) -> Line:
+    """Return the factor on the learning rate over the steps, with a jump where a phase begins."""
+    steps = []
+    factors = []
+    for phase in plan.phases:
+        steps += [phase.start_step, phase.stop_step]
+        factors += [phase.lr_factor, phase.last_lr_factor]
+    return Line(label="factor", x=steps, y=factors, color=PALETTE[0], dash=DASHES[0], dots=False)
 
 
 def _epoch_curves(plan: DataPlan) -> list[Line]:

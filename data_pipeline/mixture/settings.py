@@ -4,6 +4,8 @@ Decisions
     Paths are no settings: a change of what the files hold is for `origin.fingerprint` to notice.
     So the setting of a hook is the name of its function, wherever its file is and whatever it does.
     Sources and guard domains are compared by name, so moving one in the list changes nothing.
+    Factors of phases on the learning rate decide no row: an edit of them is one of the rate
+    (cpt/job/seam.py), and not of the mix.
     A setting that one side does not have, because another version wrote it, counts as its default.
 """
 
@@ -35,6 +37,8 @@ def mix_settings(mix: MixConfig) -> Settings:
     settings |= _decontamination(mix)
     for source in settings["sources"]:
         del source["path"]
+        if source["epochs"] is None:
+            del source["epochs"]  # so that the hash of a mix without them stays what it was
         if source["hook"] is not None:
             _, source["hook"], _ = split_hook(source["hook"])
     domains = settings.pop("guard")["domains"]
@@ -43,9 +47,26 @@ def mix_settings(mix: MixConfig) -> Settings:
             del domain["served_by"]  # so that the hash of a mix without it stays what it was
     settings["sources"] = {source.pop("name"): source for source in settings["sources"]}
     settings["guard"] = {domain.pop("name"): domain for domain in domains}
+    for phase in settings["schedule"]:
+        del phase["lr_factor"], phase["to_lr_factor"]  # they are of the rate and of no row
+        if not phase["max_epochs"]:
+            del phase["max_epochs"]  # likewise
     if not settings["schedule"]:
         del settings["schedule"]  # likewise
     return settings
+
+
+def describe_rates(old: MixConfig, new: MixConfig) -> list[str]:
+    """Return one line for each phase of both mixes with another factor on the learning rate."""
+    before = {phase.name: phase for phase in old.schedule}
+    lines: list[str] = []
+    for phase in new.schedule:
+        if phase.name not in before:
+            continue
+        for key in ("lr_factor", "to_lr_factor"):
+            values = (getattr(before[phase.name], key), getattr(phase, key))
+            lines += _describe_change(f"schedule[{phase.name}].{key}", *values)
+    return lines
 
 
 def _decontamination(mix: MixConfig) -> Settings:

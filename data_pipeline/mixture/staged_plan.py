@@ -14,7 +14,10 @@ from data_pipeline.mixture.data_plan import (
     PlannedPhase,
     language_shares_of,
     make_data_plan,
+    read_and_asked,
+    steps_of_epochs,
 )
+from data_pipeline.mixture.epochs import has_epochs
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.stages import StagePlan, plan_stages, rows_of_equal_tokens
 from data_pipeline.tables import table
@@ -29,6 +32,8 @@ class StagedPlan:
     stages: StagePlan
     plans: tuple[DataPlan, ...]
     """The plan of each stage. Epochs are of the rows of the stage, since no other one has them."""
+    own_warnings: tuple[str, ...] = ()
+    """Warnings of the run that are of no stage."""
 
     @property
     def drawn_tokens(self) -> int:
@@ -42,8 +47,8 @@ class StagedPlan:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Things that a person should think about, by stage."""
-        return self._lines("warnings")
+        """Things that a person should think about, those of a stage with its name."""
+        return (*self._lines("warnings"), *self.own_warnings)
 
     def _lines(self, kind: str) -> tuple[str, ...]:
         lines = []
@@ -135,6 +140,7 @@ class StagedPlan:
         parts = [table(_COLUMNS, rows)]
         for number, plan in enumerate(self.plans):
             parts.append(f"\n{self._name(number)}\n{plan.describe()}")
+        parts += [f"warning: {line}" for line in self.own_warnings]
         return "\n".join(parts)
 
 
@@ -160,7 +166,7 @@ def plan_mix(
 
 
 def steps_of_one_pass(built: BuiltData, mix: MixConfig, global_batch_size: int) -> int:
-    """Return the number of steps that draw as many rows as the build has.
+    """Return the number of steps that draw as many rows as the build has, or as its epochs take.
 
     Args:
         built: The build of `mix`.
@@ -173,6 +179,9 @@ def steps_of_one_pass(built: BuiltData, mix: MixConfig, global_batch_size: int) 
     sizes = [global_batch_size]
     if mix.stages:
         sizes = rows_of_equal_tokens(mix.stages, global_batch_size)
+    if has_epochs(mix):
+        of_stages = [built.of_stage(number) for number in range(len(sizes))]
+        return steps_of_epochs(of_stages, mix, sizes)
     steps = 0
     for number, size in enumerate(sizes):
         rows = built.of_stage(number)
@@ -211,4 +220,8 @@ def make_staged_plan(
                 first_step=first,
             )
         )
-    return StagedPlan(stages=stages, plans=tuple(plans))
+    plan = StagedPlan(stages=stages, plans=tuple(plans))
+    of_stages = [built.of_stage(number) for number in range(len(stages.spans))]
+    rows = [span.global_batch_size for span in stages.spans]
+    warnings = read_and_asked(plan.whole(), mix, steps_of_epochs(of_stages, mix, rows))
+    return dataclasses.replace(plan, own_warnings=tuple(warnings))

@@ -52,7 +52,10 @@ def mix_maker(directory: Path) -> MakeMix:
                 "held_out_share": held_out_share.get(name, 0.0),
                 "weight": weights[name],
             }
-            listed.append(source | (sources or {}).get(name, {}))
+            own = (sources or {}).get(name, {})
+            if "epochs" in own:
+                del source["weight"]  # a source has one of the two
+            listed.append(source | own)
         content = {"seq_len": 32, "seed": 7, **EXACT_ONLY, **keys, "sources": listed}
         if keys.get("stages"):
             del content["seq_len"]  # each stage has its own

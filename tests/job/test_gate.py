@@ -326,6 +326,31 @@ def test_schedule_that_the_run_cannot_follow_is_refused_with_the_phase_that_is_n
     assert "train.decay_phase is 'main2', which is no phase of the mix" in capsys.readouterr().err
 
 
+def test_epochs_and_factors_of_phases_are_shown_and_what_they_break_is_refused(
+    dry_run: DryRun, own_copy: Path, workplace: Path, capsys: Any
+) -> None:
+    source = yaml.safe_load((own_copy / "mix.yaml").read_text())["sources"][0]
+    del source["weight"], source["max_epochs"]
+    set_rule(own_copy, "sources", [{**source, "epochs": 3}])
+    phases = [{"name": "main", "until_step": 1}, {"name": "low", "share": "rest", "lr_factor": 0.5}]
+    set_rule(own_copy, "schedule", phases)
+    assert dry_run(*settings_of(own_copy)) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"asked epochs +weight from them", output)
+    assert re.search(r"low +2 to 2 +web +100.00%.* 0.5$", output, re.MULTILINE)
+    assert "warning: epochs: 2 steps read web" in output
+    set_rule(own_copy, "languages", {"ja": {"min_share": 0.1}})
+    assert dry_run(*settings_of(own_copy, "train.lr=0.1")) == 78
+    message = capsys.readouterr().err
+    assert "languages.ja.min_share is 0.1, but the epochs (none) give ja 0.00%" in message
+    phases[1]["lr_factor"] = 2
+    set_rule(own_copy, "schedule", phases)
+    assert dry_run(*settings_of(own_copy, "train.lr=0.1")) == 78
+    message = capsys.readouterr().err
+    assert "schedule[low] of the mix has a factor of 2 on the learning rate" in message
+    assert "languages.ja.min_share" in message
+
+
 def test_build_of_other_rules_or_files_is_refused_with_what_differs(
     dry_run: DryRun, own_copy: Path, capsys: Any
 ) -> None:

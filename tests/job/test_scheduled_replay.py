@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from cpt.job.job import Job
 from data_pipeline.config.mix_config import GuardConfig, GuardDomain, MixConfig
 from data_pipeline.config.schedule_config import SchedulePhase
 from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.errors import DataError
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
-from tests.job.test_micro_batches import GLOBAL_BATCH_SIZE, Data, make_job
+from tests.job.test_micro_batches import GLOBAL_BATCH_SIZE, ROWS, Data, make_job
 
 TOTAL_STEPS = 120
 RAISE_STEP = 30
@@ -169,3 +171,55 @@ def test_a_later_look_without_an_action_changes_no_row(step: int) -> None:
     before = job.ledger
     job.reweigh(state)
     assert job.ledger is before
+
+
+def capped_mix(**ceilings: float) -> MixConfig:
+    """Return the mix with ceilings on the epochs of English in some phases."""
+    schedule = []
+    for phase in MIX.schedule:
+        limit = {"en": ceilings[phase.name]} if phase.name in ceilings else {}
+        schedule.append(replace(phase, max_epochs=limit))
+    return replace(MIX, schedule=tuple(schedule))
+
+
+def largest_raise(mix: MixConfig, step: int) -> tuple[Job, float]:
+    """Return a run at a step and by how many points the guard could raise English."""
+    ledger = Ledger.start(mix, total_steps=TOTAL_STEPS)
+    job = scheduled_job(step, ledger, GuardState())
+    context: Any = job.context
+    context.mix = mix
+    data: Any = job.data
+    job.replay = ReplayShares(mix, data, 0.9)
+    share, largest = lever_limits(job).shares["english"]
+    assert share is not None
+    return job, largest - share
+
+
+def draw_all(job: Job, step: int) -> None:
+    """Draw the rows from a step on, which refuses a phase that reads a source too often."""
+    for number in range(step, TOTAL_STEPS):
+        job.mixture.global_batch(number, GLOBAL_BATCH_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("ceilings", "step"),
+    [({"anneal": 216}, 30), ({"shift": 150}, 30), ({"shift": 150, "anneal": 216}, 25)],
+    ids=["later", "present", "both"],
+)
+def test_a_raise_leaves_every_phase_the_epochs_that_it_allows(
+    ceilings: dict[str, int], step: int
+) -> None:
+    _, free = largest_raise(MIX, step)
+    mix = capped_mix(**{name: rows / ROWS for name, rows in ceilings.items()})
+    job, points = largest_raise(mix, step)
+    assert 0.01 < points < free - 0.05
+    state = GuardState(
+        replay={"en": 0.3 - (step - 20) / 200 + points}, planned=job.present_replay()._planned()
+    )
+    job.reweigh(state)
+    assert job.ledger.segment_at(95).weights["en"] == pytest.approx(0.5 + points)
+    draw_all(job, step)
+    too_much = replace(state, replay={"en": state.replay["en"] + 0.05})
+    job.reweigh(too_much)
+    with pytest.raises(DataError, match="within phase"):
+        draw_all(job, step)

@@ -15,6 +15,7 @@ from cpt.checkpoint.run_state import RunState
 from cpt.config import RunConfig, TrainSection
 from cpt.errors import ConfigError
 from cpt.job.seam import Seam
+from data_pipeline.mixture.phases import RateFactor
 
 BEFORE = TrainSection(
     seq_len=64, global_batch_size=2, total_steps=20, lr=1e-3, warmup_steps=2, schedule="cosine"
@@ -25,8 +26,10 @@ def plain(train: TrainSection) -> dict[str, Any]:
     return {"train": {**asdict(train), "freeze": list(train.freeze)}, "world_size": 2}
 
 
-def seam_of(state: Any, now: TrainSection, step: int = 4) -> Seam:
-    config = SimpleNamespace(train=now, to_plain=lambda: plain(now))
+def seam_of(
+    state: Any, now: TrainSection, step: int = 4, factors: tuple[RateFactor, ...] = ()
+) -> Seam:
+    config = SimpleNamespace(train=now, lr_factors=factors, to_plain=lambda: plain(now))
     run_state = RunState(model_config={}, config=state)
     return Seam.of(run_state, f"step-{step:08d}", step, cast(RunConfig, config))
 
@@ -92,6 +95,62 @@ def test_differences_are_told_with_the_rates_of_both_sides() -> None:
     assert "step 4 had" in told and "step 5 has" in told
     assert "accept_schedule_change" not in told
     assert "with the configuration that it was trained with" in seam(BEFORE).describe()
+
+
+def factor(phase: str, start_step: int, stop_step: int, first: float, last: float) -> RateFactor:
+    return RateFactor(
+        phase=phase, start_step=start_step, stop_step=stop_step, first=first, last=last
+    )
+
+
+FACTORS = (factor("main", 0, 10, 1.0, 1.0), factor("anneal", 10, 20, 0.5, 0.1))
+
+
+def with_factors(*factors: RateFactor) -> dict[str, Any]:
+    return {**plain(BEFORE), "lr_factors": [asdict(one) for one in factors]}
+
+
+@pytest.mark.parametrize("before", [(), (FACTORS[0], factor("anneal", 10, 20, 0.5, 0.2))])
+def test_another_factor_of_a_phase_to_come_is_another_schedule(
+    before: tuple[RateFactor, ...],
+) -> None:
+    stored = with_factors(*before) if before else plain(BEFORE)
+    with pytest.raises(ConfigError) as caught:
+        seam_of(stored, BEFORE, factors=FACTORS).check()
+    told = str(caught.value)
+    old = "0.5 to 0.2 (steps 11 to 20)" if before else "1"
+    assert f"factor of phase anneal {old} -> 0.5 to 0.1 (steps 11 to 20)" in told
+    assert "train.accept_schedule_change=true" in told
+    seam_of(stored, replace(BEFORE, accept_schedule_change=True), factors=FACTORS).check()
+
+
+def test_the_same_factors_and_those_of_past_phases_need_no_flag() -> None:
+    seam_of(with_factors(*FACTORS), BEFORE, factors=FACTORS).check()
+    past = (factor("main", 0, 10, 2.0, 1.5), FACTORS[1])
+    seam_of(with_factors(*past), BEFORE, step=10, factors=FACTORS).check()
+    with pytest.raises(ConfigError, match="factor of phase main 2 to"):
+        seam_of(with_factors(*past), BEFORE, step=9, factors=FACTORS).check()
+    told = seam_of(with_factors(*FACTORS), BEFORE, step=10, factors=FACTORS).describe()
+    plain_rate = float(seam_of(plain(BEFORE), BEFORE, step=10).describe().split("has ")[1][:8])
+    assert float(told.split("step 11 has ")[1].split()[0]) == pytest.approx(
+        plain_rate * (0.5 - 0.4 / 10), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        "none",
+        [3],
+        [{"phase": "a"}],
+        [asdict(factor("a", 5, 5, 1, 1))],
+        [{**asdict(FACTORS[0]), "first": "high"}],
+    ],
+)
+def test_factors_that_cannot_be_read_are_taken_as_a_schedule_that_cannot(listed: Any) -> None:
+    found = seam_of({**plain(BEFORE), "lr_factors": listed}, BEFORE, factors=FACTORS)
+    found.check()
+    assert "nothing can be compared" in found.describe()
 
 
 @pytest.mark.parametrize("key", ["total_steps", "stop_at_step"])

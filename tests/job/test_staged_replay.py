@@ -11,7 +11,7 @@ import pytest
 
 from cpt.guard.ladder import GuardState
 from cpt.guard.lever_limits import LeverLimits
-from cpt.guard.replay_share import EPOCH_MARGIN, LaterStage, ReplayShares
+from cpt.guard.replay_share import EPOCH_MARGIN, ReplayShares, Stretch
 from cpt.job.guard_levers import lever_limits
 from cpt.job.job import Job
 from data_pipeline.config.mix_config import GuardConfig, GuardDomain, MixConfig
@@ -103,11 +103,11 @@ def staged_job(mix: MixConfig, step: int, learned: float = 1.0) -> Job:
     return job
 
 
-def later_stage(english_rows: int) -> LaterStage:
+def later_stage(english_rows: int) -> Stretch:
     """Return a stage of 60 rows of 16 tokens."""
     rows = {"en": english_rows, "ja": 1000}
     tokens = {name: 16 * count for name, count in rows.items()}
-    return LaterStage(rows=60, source_rows=rows, source_tokens=tokens, mean_shares={})
+    return Stretch(rows=60, source_rows=rows, source_tokens=tokens, mean_shares={})
 
 
 def limits_at(step: int, max_epochs: float | None) -> tuple[Job, LeverLimits]:
@@ -162,7 +162,7 @@ def test_schedule_that_takes_less_in_a_later_stage_leaves_more_for_a_raise() -> 
             0,
             batches_left=20,
             batch_size=12,
-            later_stages=[replace(later, mean_shares={"en": mean, "ja": 1 - mean})],
+            stretches=[replace(later, mean_shares={"en": mean, "ja": 1 - mean})],
         )
         assert limits.shares["english"][1] == pytest.approx(SHARE + left)
 
@@ -176,6 +176,6 @@ def test_source_without_rows_in_a_later_stage_is_not_raised() -> None:
     mixture: Any = SimpleNamespace(position=lambda batch, batch_size: drawn)
     shares = ReplayShares(mix, data, 0.75).at(plan, {})
     limits = shares.limits(
-        GuardState(), ["english"], mixture, 0, batches_left=20, batch_size=12, later_stages=[later]
+        GuardState(), ["english"], mixture, 0, batches_left=20, batch_size=12, stretches=[later]
     )
     assert limits.shares["english"] == (0.0, 0.0)

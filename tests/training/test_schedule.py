@@ -9,7 +9,7 @@ import pytest
 
 from cpt.config import TrainSection
 from cpt.errors import ConfigError
-from cpt.training.schedule import learning_rate, with_decay_steps
+from cpt.training.schedule import factors_of_run, learning_rate, with_decay_steps
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.schedule_config import SchedulePhase
 from data_pipeline.config.source_config import SourceConfig
@@ -141,3 +141,52 @@ def test_a_decay_phase_stands_alone_and_needs_a_decay() -> None:
     assert ("decay_phase", "and decay_steps") in [(key, text[:15]) for key, text in both.check()]
     cosine = settings(schedule="cosine", decay_phase="anneal")
     assert "only schedule: wsd has a decay" in dict(cosine.check())["decay_phase"]
+
+
+FACTORED = (
+    SchedulePhase(name="main", until_step=40),
+    SchedulePhase(name="shift", until_step=60, lr_factor=1.0, to_lr_factor=0.5),
+    SchedulePhase(name="low", until_step=90, lr_factor=0.5),
+    SchedulePhase(name="end", share="rest", lr_factor=0.5, to_lr_factor=0.0),
+)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"schedule": "constant"},
+        {"schedule": "cosine", "warmup_steps": 9},
+        {"schedule": "wsd", "decay_steps": 20},
+    ],
+)
+def test_a_phase_multiplies_the_rate_of_the_run_and_a_line_ends_at_its_last_step(
+    keys: dict[str, Any],
+) -> None:
+    train = settings(**keys)
+    factors = factors_of_run(train, mix_of(*FACTORED))
+    expected = [1.0] * 40
+    expected += [1 - 0.5 * nth / 20 for nth in range(1, 21)]
+    expected += [0.5] * 30
+    expected += [0.5 - 0.5 * nth / 10 for nth in range(1, 11)]
+    found = [learning_rate(step, train, factors) for step in range(100)]
+    planned = rates(train, range(100))
+    assert found == pytest.approx([a * b for a, b in zip(planned, expected, strict=True)])
+    assert learning_rate(120, train, factors) == 0.0
+
+
+def test_phases_without_a_factor_leave_the_rate_bit_for_bit() -> None:
+    train = settings(warmup_steps=7)
+    assert factors_of_run(train, mix_of(*PHASES)) == ()
+    assert factors_of_run(train, mix_of()) == ()
+    assert factors_of_run(settings(total_steps=0), mix_of(*FACTORED)) == ()
+
+
+def test_factors_that_make_the_rate_too_large_are_refused_by_phase() -> None:
+    phases = (
+        SchedulePhase(name="main", share=0.5, lr_factor=100),
+        SchedulePhase(name="end", share=0.5, to_lr_factor=99),
+    )
+    with pytest.raises(ConfigError) as caught:
+        factors_of_run(settings(lr=2e-3), mix_of(*phases))
+    assert len(caught.value.problems) == 2
+    assert "schedule[main] of the mix has a factor of 100" in str(caught.value)

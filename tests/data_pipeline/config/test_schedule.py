@@ -96,3 +96,26 @@ def test_a_source_that_is_all_held_out_cannot_be_scheduled(make_mix: MakeMix) ->
 def test_an_empty_schedule_is_refused(make_mix: MakeMix) -> None:
     (problem,) = problems(make_mix, [])
     assert "schedule is an empty list" in problem
+
+
+def test_ceilings_and_factors_of_phases_that_cannot_be_are_told_at_once(make_mix: MakeMix) -> None:
+    schedule = [
+        {"name": "a", "share": 0.3, "max_epochs": {"eng": 2, "ja": 0}},
+        {"name": "b", "share": 0.3, "lr_factor": -1},
+        {"name": "c", "share": 0.3, "lr_factor": 0},
+        {"name": "d", "share": "rest", "to_lr_factor": 101},
+    ]
+    found = "\n".join(problems(make_mix, schedule))
+    for part in (
+        "schedule[0].max_epochs.eng is no source of the mix. Did you mean 'en'?",
+        "schedule[0].max_epochs.ja is 0, must be above 0",
+        "schedule[1].lr_factor is -1, must be from 0 to 100",
+        "schedule[2].lr_factor is 0 throughout the phase: nothing would be learned",
+        "schedule[3].to_lr_factor is 101, must be from 0 to 100",
+    ):
+        assert part in found
+
+
+def test_a_phase_may_end_at_a_rate_of_zero(make_mix: MakeMix) -> None:
+    (phase,) = make_mix(TEXTS, schedule=[{"name": "a", "share": 1, "to_lr_factor": 0}]).schedule
+    assert (phase.lr_factor, phase.last_lr_factor) == (1, 0)
