@@ -73,7 +73,7 @@ def capped_phases(job: Job) -> list[Stretch]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Part:
+class _BatchesOfStage:
     """Some batches of one stage."""
 
     data: BuiltData
@@ -88,18 +88,18 @@ class _Part:
     """Packed rows of a batch."""
 
 
-def _parts_by_stage(job: Job, first: int, stop: int) -> Iterator[_Part]:
+def _parts_by_stage(job: Job, first: int, stop: int) -> Iterator[_BatchesOfStage]:
     """Yield some batches of the run by the stage that they are in."""
     if job.stages is None:
         size = job.config.train.global_batch_size
-        yield _Part(data=job.data, first=first, stop=stop, stage_start=0, batch_size=size)
+        yield _BatchesOfStage(data=job.data, first=first, stop=stop, stage_start=0, batch_size=size)
         return
     for number, span in enumerate(job.stages.spans):
         begin, end = job.stages.batches_of(number, job.num_batches)
         if max(begin, first) >= min(end, stop):
             continue
         data = job.data if number == job.config.stage else job.data.of_stage(number)
-        yield _Part(
+        yield _BatchesOfStage(
             data=data,
             first=max(begin, first),
             stop=min(end, stop),
@@ -108,7 +108,7 @@ def _parts_by_stage(job: Job, first: int, stop: int) -> Iterator[_Part]:
         )
 
 
-def _drawn_in_phase(job: Job, part: _Part) -> Mapping[str, int]:
+def _drawn_in_phase(job: Job, part: _BatchesOfStage) -> Mapping[str, int]:
     """Return the rows that the phase of the next batch has taken so far, by source."""
     start = max(job.ledger.phase_start(part.first), part.stage_start)
     before = job.mixture.position(start, part.batch_size).drawn_rows
