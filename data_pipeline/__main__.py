@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.audit.audit import DEFAULT_LIMIT, audit
 from data_pipeline.audit.page import audit_page
+from data_pipeline.audit.phases import audited_phases
 from data_pipeline.build.build import build, build_share
 from data_pipeline.build.cache_folder import (
     CACHE_NAME,
@@ -253,6 +254,7 @@ def _add_audit(commands: Commands) -> None:
     parser.add_argument(
         "--documents", type=_positive, default=DEFAULT_LIMIT, help="documents per source at most"
     )
+    _add_run_size(parser)
 
 
 def _audit(options: argparse.Namespace) -> None:
@@ -264,12 +266,19 @@ def _audit(options: argparse.Namespace) -> None:
             say(f"{source.name}, a conversation; {source.conversation.title}")
             say_marked(source.conversation.pieces)
     entries: tuple[SourceEntry, ...] = ()
-    built, manifest = _find_manifest(mix, options.workers)
-    if manifest is not None:
+    told, folder = _find_folder(mix, options.workers)
+    built = None
+    if folder is not None:
+        manifest = read_manifest(folder)
         entries = manifest.sources
         _say_dropped(manifest)
+        if mix.schedule or has_epochs(mix):
+            built = BuiltData.open(folder, verify=False, mix=mix)
+    phases = audited_phases(mix, built, options.steps, options.global_batch_size)
+    if phases.describe():
+        say(phases.describe())
     page = options.out or DEFAULT_ROOT / f"{mix.name}-audit.html"
-    _write(page, audit_page(result, dropped_rows(entries), built))
+    _write(page, audit_page(result, dropped_rows(entries), told, phases))
     if options.json:
         figures = [source.to_json() for source in result.sources]
         _write(options.json, json.dumps(figures, indent=1) + "\n")
@@ -279,8 +288,8 @@ def _audit(options: argparse.Namespace) -> None:
         raise DataError("\n".join(problems))
 
 
-def _find_manifest(mix: MixConfig, workers: int | None) -> tuple[str, BuildManifest | None]:
-    """Tell and return (which build was found, its manifest) for a mix; None if there is none.
+def _find_folder(mix: MixConfig, workers: int | None) -> tuple[str, Path | None]:
+    """Tell and return (which build was found, its folder) for a mix; None if there is none.
 
     Where no cache has the hashes of the input, an audit does not read all of it for them.
     """
@@ -298,7 +307,7 @@ def _find_manifest(mix: MixConfig, workers: int | None) -> tuple[str, BuildManif
     if found is None:
         return "", None
     say(f"dropped by {told} in {found}:")
-    return told, read_manifest(found)
+    return told, found
 
 
 def _add_cache(commands: Commands) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data_pipeline.audit.audit import LENGTH_EDGES, Audit, SourceAudit
+from data_pipeline.audit.phases import AuditedPhases
 from data_pipeline.audit.shown_conversation import ShownConversation
 from data_pipeline.build.dropped import DROPPED_COLUMNS
 from data_pipeline.charts import Bar, as_svg, draw_bars, draw_columns, inline, new_figure
 from data_pipeline.escaping import escaped_text
+from data_pipeline.mixture.plan_figure import draw_phases
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +49,10 @@ _HEADER = (
 
 
 def audit_page(
-    audit: Audit, dropped: Sequence[Sequence[str]] = (), built: str = "the build of this mix"
+    audit: Audit,
+    dropped: Sequence[Sequence[str]] = (),
+    built: str = "the build of this mix",
+    phases: AuditedPhases | None = None,
 ) -> str:
     """Return the whole page.
 
@@ -55,13 +60,14 @@ def audit_page(
         audit: The figures.
         dropped: Rows of what a build of the mix dropped (`dropped.dropped_rows`).
         built: Which build that is.
+        phases: What the mix makes of its sources over a run.
     """
     mix = html.escape(audit.mix)
     sources = "".join(_source(source) for source in audit.sources)
     return escaped_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Audit of {mix}</title>'
         f"<style>{_STYLE}</style></head><body><h1>Audit of the mix {mix}</h1>{_verdict(audit)}"
-        f"{_audit_table(audit)}{_dropped_table(dropped, built)}"
+        f"{_audit_table(audit)}{_dropped_table(dropped, built)}{_phases(phases)}"
         f"{_figure(_draw_overview(audit), 'shares and token rates of all sources')}"
         f"{sources}</body></html>\n"
     )
@@ -83,6 +89,21 @@ def _dropped_table(rows: Sequence[Sequence[str]], built: str) -> str:
     if not rows:
         return ""
     return f"<h2>What {html.escape(built)} dropped</h2>{_table(DROPPED_COLUMNS, rows)}"
+
+
+def _phases(phases: AuditedPhases | None) -> str:
+    """Return the phases with their figures, and weights that follow from epochs."""
+    if phases is None or not phases.describe():
+        return ""
+    page = "<h2>Over a run</h2>"
+    for line in (phases.weights, *phases.note.splitlines()):
+        if line:
+            page += f"<p>{html.escape(line)}</p>"
+    for shown in phases.tables:
+        page += f"<p>{html.escape(shown.title)}</p>{_table(shown.columns, shown.rows)}"
+        if shown.plan is not None:
+            page += _figure(draw_phases(shown.plan), shown.title)
+    return page
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

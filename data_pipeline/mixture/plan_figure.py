@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data_pipeline.charts import (
@@ -17,6 +18,7 @@ from data_pipeline.charts import (
 from data_pipeline.mixture.data_plan import WARN_EPOCHS, DataPlan
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 780
@@ -37,25 +39,45 @@ def draw_plan(plan: DataPlan) -> Figure:
         f"Epochs by source (tick: max_epochs; orange: above {WARN_EPOCHS:g})": _epoch_bars(plan),
     }
     heights = [HEADING_HEIGHT + BAR_HEIGHT * len(items) for items in bars.values()]
-    heights += [CURVES_HEIGHT] * (2 if plan.phases else 1)
-    if plan.changes_rate:
-        heights.append(RATE_HEIGHT)
+    heights += _curve_heights(plan)
     figure, charts = new_figure(WIDTH, sum(heights), rows=len(heights), height_ratios=heights)
     for axes, (title, items) in zip(charts, bars.items(), strict=False):
         draw_bars(axes, title, items)
-    charts = list(charts[len(bars) :])
+    _draw_curves(charts[len(bars) :], plan)
+    return figure
+
+
+@as_svg
+def draw_phases(plan: DataPlan) -> Figure:
+    """Draw weights, factors on the learning rate and epochs over a run with phases."""
+    heights = _curve_heights(plan)
+    figure, charts = new_figure(WIDTH, sum(heights), rows=len(heights), height_ratios=heights)
+    _draw_curves(charts, plan)
+    return figure
+
+
+def _curve_heights(plan: DataPlan) -> list[int]:
+    """Return the heights of the charts over the steps, in their order."""
+    heights = [CURVES_HEIGHT] if plan.phases else []
+    if plan.changes_rate:
+        heights.append(RATE_HEIGHT)
+    return [*heights, CURVES_HEIGHT]
+
+
+def _draw_curves(charts: Sequence[Axes], plan: DataPlan) -> None:
+    left = list(charts)
     if plan.phases:
         draw_lines(
-            charts.pop(0),
+            left.pop(0),
             _weight_lines(plan),
-            title=f"Weights over the run: {', '.join(phase.name for phase in plan.phases)}",
+            title=f"Weights over the run: {', '.join(_phase_names(plan))}",
             x_label="step",
             y_label="share",
             from_zero=True,
         )
     if plan.changes_rate:
         draw_lines(
-            charts.pop(0),
+            left.pop(0),
             [_rate_line(plan)],
             title="Factor of the phases on the learning rate",
             x_label="step",
@@ -63,13 +85,16 @@ def draw_plan(plan: DataPlan) -> Figure:
             from_zero=True,
         )
     draw_lines(
-        charts[0],
+        left[0],
         _epoch_curves(plan),
         title="Epochs over the run",
         x_label="step",
         y_label="epochs",
     )
-    return figure
+
+
+def _phase_names(plan: DataPlan) -> list[str]:
+    return list(dict.fromkeys(phase.name for phase in plan.phases))
 
 
 def _language_bars(plan: DataPlan) -> list[Bar]:
