@@ -1,7 +1,7 @@
 """Measure what an MXFP4 export keeps of what experts learned, with and without training for it.
 
-    python bench/prove/mxfp4.py [--work_dir DIR] [--quick] [--seeds N ...] [--json FILE]
-        [--svg FILE]
+    python bench/prove/mxfp4.py [--work_dir DIR] [--quick] [--seeds N ...] [--report]
+        [--json FILE] [--svg FILE]
 
 A small gpt-oss learns English and is rounded to MXFP4: the release.  It goes on with Japanese, at
 three learning rates, and is exported by three exponent rules; beside it the same with the last
@@ -9,14 +9,15 @@ third of the steps MXFP4-aware (`train.quantize`).  Measured on held-out Japanes
 packages that no training has read: bits per byte before and after the export, how much of what the
 experts learned survived, and what the export kept of their movement (mxfp4_parts/cells.py).
 
-    short, floor         a release that still learns, rounded by floor
-    converged, floor     one whose held-out English no longer falls
-    converged, ceil      the same, rounded by ceil, as the released gpt-oss probably was
+    short, floor       a release that has hardly learned, rounded by floor
+    long, floor        one that was trained three times as long
+    long, ceil         the same, rounded by ceil, as the released gpt-oss probably was
+    converged, ceil    one whose held-out English no longer falls
 
 Everything is the product's but the engine (mxfp4_parts/training.py); one cell is also run through
 cpt/run.py and cpt export, and the report says how near the figures are (mxfp4_parts/product.py).
 Cells are kept: killed at any time, the script goes on.  One seed is completed after the other.  It
-needs a Debian system with a package mirror for the texts, and takes about an hour of one CPU core.
+needs a Debian system with a package mirror for the texts, and a good hour of one CPU core.
 `--quick` shows that all parts work, on the sample corpora, with figures that mean nothing.
 """
 
@@ -50,6 +51,9 @@ from mxfp4_parts.drawing import draw  # noqa: E402
 from mxfp4_parts.training import Rows, Trainer, scored_sets  # noqa: E402
 
 from cpt.offline.ranks import single_process  # noqa: E402
+
+PRODUCT_ARM = releases.ARMS[1]
+"""The release of the cell that is also run through the product's commands."""
 
 
 def main() -> None:
@@ -87,7 +91,7 @@ def run_cells(work_dir: Path, scale: Scale, seeds: list[int], *, from_sample: bo
             base_rows = Rows(data, mix, scale, topology)
             mix = texts.read_mix(work_dir, scale, seed, texts.JAPANESE)
             rows = Rows(data, mix, scale, topology)
-            for arm in releases.ARMS:
+            for arm in releases.arms_of(scale, seed):
                 release = releases.make_release(folder, scale, trainer, base_rows, sets, arm, seed)
                 for lr in scale.lrs:
                     cell = Cell(arm=arm.name, seed=seed, lr=lr)
@@ -103,15 +107,15 @@ def run_product(work_dir: Path, scale: Scale) -> None:
     result = finished(work_dir / "cells", cell)
     if path.exists() or result is None:
         return
-    release = releases.read_release(work_dir / "cells", releases.ARMS[0], cell.seed)
+    release = releases.read_release(work_dir / "cells", PRODUCT_ARM, cell.seed)
     comparison = product.run_product(work_dir, scale, result, release)
     path.write_text(json.dumps(comparison, indent=1))
 
 
 def product_cell(scale: Scale) -> Cell:
-    """Return the cell that the product runs, too: the middle learning rate of the first release."""
+    """Return the cell that the product runs, too: the middle learning rate of the long release."""
     lr = scale.lrs[len(scale.lrs) // 2]
-    return Cell(arm=releases.ARMS[0].name, seed=0, lr=lr)
+    return Cell(arm=PRODUCT_ARM.name, seed=0, lr=lr)
 
 
 def write_report(work_dir: Path, scale: Scale, options: argparse.Namespace) -> None:
@@ -119,7 +123,7 @@ def write_report(work_dir: Path, scale: Scale, options: argparse.Namespace) -> N
     folder = work_dir / "cells"
     wanted = []
     for seed in range(scale.num_seeds):
-        for arm in releases.ARMS:
+        for arm in releases.arms_of(scale, seed):
             wanted += [Cell(arm=arm.name, seed=seed, lr=lr) for lr in scale.lrs]
     results = []
     for cell in wanted:

@@ -286,7 +286,7 @@ def test_every_cell_has_a_file_of_its_own() -> None:
 
 
 def test_a_killed_release_goes_on_from_the_last_state_that_was_kept(tmp_path: Path) -> None:
-    arm = releases.ARMS[1]
+    arm = releases.Arm("long", "floor", 3)
     killed: Any = _CountingTrainer(kill_at=8)
     arguments: Any = (None, [], arm, 0)
     with pytest.raises(KeyboardInterrupt):
@@ -303,14 +303,15 @@ def test_a_killed_release_goes_on_from_the_last_state_that_was_kept(tmp_path: Pa
     assert [facts["steady_steps"] for facts in releases.all_facts(tmp_path, 1)] == [8]
 
 
-def test_the_longer_release_goes_on_from_the_shorter_one(tmp_path: Path) -> None:
+def test_a_longer_release_goes_on_from_a_shorter_one(tmp_path: Path) -> None:
     trainer: Any = _CountingTrainer()
-    arguments: Any = (None, [])
-    releases.make_release(tmp_path, QUICK, trainer, *arguments, releases.ARMS[0], 0)
-    assert trainer.calls == [(0, 4, None), (4, 7, None), (7, 8, "floor")]
-    trainer.calls.clear()
-    releases.make_release(tmp_path, QUICK, trainer, *arguments, releases.ARMS[2], 0)
-    assert trainer.calls == [(4, 8, None), (8, 11, None), (11, 12, "ceil")]
+    steps = {"short": [(0, 4)], "long": [(4, 8)], "converged": [(8, 12)]}
+    for length, steady in steps.items():
+        trainer.calls.clear()
+        arm = releases.Arm(length, "ceil", 1)  # type: ignore[arg-type]
+        releases.make_release(tmp_path, QUICK, trainer, None, [], arm, 0)  # type: ignore[arg-type]
+        assert [call[:2] for call in trainer.calls[:-2]] == steady
+        assert trainer.calls[-1][2] == "ceil"
 
 
 def test_the_product_is_compared_figure_by_figure() -> None:

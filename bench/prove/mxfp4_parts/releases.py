@@ -2,12 +2,13 @@
 
     random weights -> steady learning rate -> falling rate, and rounded in its last third -> release
                          |
-                         +-- after `short_steps`:                           the short release
-                         +-- where held-out English no longer falls:        the converged releases
+                         +-- after `short_steps`:                        the short release
+                         +-- after `long_steps`:                         the long releases
+                         +-- where held-out English no longer falls:     the converged release
 
 The released gpt-oss was trained so, too: "post-trained with MXFP4 quantization of the MoE weights"
-(model card, arXiv 2508.10925).  Three arms differ in one thing at a time: how long a release was
-trained, and the rule by which it was rounded.
+(model card, arXiv 2508.10925).  The arms differ in how long a release was trained, and in the rule
+by which it was rounded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cpt.config import TrainSection
 from cpt.config.precision_sections import ExponentRule
@@ -30,22 +31,38 @@ PATIENCE = 3
 """... in so many measurements a release counts as converged."""
 
 
+Length = Literal["short", "long", "converged"]
+"""How long a release is trained at a steady rate."""
+
+
 @dataclass(frozen=True, slots=True)
 class Arm:
     """A kind of release."""
 
-    name: str
-    converged: bool
-    """Whether it was trained until held-out English stopped falling."""
+    length: Length
+    """How long it was trained."""
     rule: ExponentRule
     """The rule by which it was rounded."""
+    num_seeds: int
+    """Seeds, from 0 on, that have one."""
+
+    @property
+    def name(self) -> str:
+        """Its name in tables."""
+        return f"{self.length}, {self.rule}"
 
 
 ARMS = (
-    Arm("short, floor", False, "floor"),
-    Arm("converged, floor", True, "floor"),
-    Arm("converged, ceil", True, "ceil"),
+    Arm("short", "floor", 1),
+    Arm("long", "floor", 3),
+    Arm("long", "ceil", 3),
+    Arm("converged", "ceil", 1),
 )
+
+
+def arms_of(scale: Scale, seed: int) -> list[Arm]:
+    """Return the arms that a seed has."""
+    return [arm for arm in ARMS if seed < min(arm.num_seeds, scale.num_seeds)]
 
 
 def has_converged(values: list[float]) -> bool:
@@ -68,7 +85,7 @@ def make_release(
     path = _file(folder, arm, seed)
     if path.exists():
         return State.load(path).weights
-    steady = _steady(folder, scale, trainer, rows, sets, seed, converged=arm.converged)
+    steady = _steady(folder, scale, trainer, rows, sets, seed, arm.length)
     before = steady.step + scale.decay_steps - scale.decay_steps // 3
     stop = steady.step + scale.decay_steps
     section = _section(scale, stop, scale.decay_steps)
@@ -77,6 +94,7 @@ def make_release(
     weights = rounded_experts(state.weights, arm.rule)
     facts = {
         "steady_steps": steady.step,
+        "limit_steps": scale.most_steps,
         "steps": stop,
         "tokens": stop * scale.step_tokens,
         "held_out": trainer.bits_per_byte(weights, sets),
@@ -117,11 +135,10 @@ def _steady(
     rows: Rows,
     sets: list[ScoredSet],
     seed: int,
-    *,
-    converged: bool,
+    length: Length,
 ) -> State:
     """Return the state at the end of the steady part, and go on from the last one that was kept."""
-    end = folder / f"steady-{'converged' if converged else 'short'}-{seed}.pt"
+    end = folder / f"steady-{length}-{seed}.pt"
     if end.exists():
         return State.load(end)
     latest = folder / f"steady-latest-{seed}.pt"
@@ -130,7 +147,7 @@ def _steady(
     section = _section(scale, scale.most_steps, 0)
     values: list[float] = json.loads(history.read_text()) if history.exists() else []
     values = values[: state.step // scale.check_steps]
-    while not _is_at_end(scale, state.step, values, converged=converged):
+    while not _is_at_end(scale, state.step, values, length):
         state = trainer.train(state, rows, section, state.step + scale.check_steps)
         values.append(trainer.bits_per_byte(state.weights, sets)["english"])
         print(f"seed {seed}, step {state.step}: English {values[-1]:.4f}", flush=True)
@@ -141,10 +158,12 @@ def _steady(
     return state
 
 
-def _is_at_end(scale: Scale, step: int, values: list[float], *, converged: bool) -> bool:
-    if not converged:
+def _is_at_end(scale: Scale, step: int, values: list[float], length: Length) -> bool:
+    if length == "short":
         return step >= scale.short_steps
-    return step >= scale.most_steps or has_converged(values)
+    if length == "long":
+        return step >= scale.long_steps
+    return step >= scale.most_steps or (step >= scale.long_steps and has_converged(values))
 
 
 def _section(scale: Scale, total_steps: int, decay_steps: int) -> TrainSection:

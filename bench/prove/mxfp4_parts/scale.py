@@ -24,9 +24,11 @@ class Scale:
     check_steps: int
     """Steps of the release between two measurements of held-out English."""
     short_steps: int
-    """Steady steps of the release that is not converged."""
+    """Steady steps of the short release."""
+    long_steps: int
+    """Steady steps of the long releases, and the least of a converged one."""
     most_steps: int
-    """Steady steps after which a release counts as converged, whatever was measured."""
+    """Steady steps after which the converged release ends, whatever was measured."""
     decay_steps: int
     """Steps in which a release's learning rate falls, and its experts are rounded."""
     steps: int
@@ -34,7 +36,7 @@ class Scale:
     lrs: tuple[float, ...]
     """Peaks of the learning rate of the training on Japanese."""
     num_seeds: int
-    """Seeds of the model, the release and the order of all data."""
+    """Seeds of the model, the release and the order of all data; an arm may have fewer."""
     text_bytes: int
     """UTF-8 bytes of the text of one use, at most."""
     held_out_bytes: int
@@ -69,7 +71,8 @@ REAL = Scale(
     warmup_steps=6,
     check_steps=100,
     short_steps=400,
-    most_steps=1500,
+    long_steps=1500,
+    most_steps=5000,
     decay_steps=90,
     steps=72,
     lrs=(5e-5, 2e-4, 6e-4),
@@ -95,7 +98,8 @@ QUICK = Scale(
     warmup_steps=1,
     check_steps=4,
     short_steps=4,
-    most_steps=8,
+    long_steps=8,
+    most_steps=12,
     decay_steps=4,
     steps=6,
     lrs=(1e-3, 3e-3),
