@@ -13,6 +13,8 @@ experts learned survived, and what the export kept of their movement (mxfp4_part
     long, floor        one that was trained three times as long
     long, ceil         the same, rounded by ceil, as the released gpt-oss probably was
     converged, ceil    one whose held-out English no longer falls
+    second run         after the long release's training on Japanese another as long, rounded from
+                       its first step on, as the recipes for a last phase are
 
 Everything is the product's but the engine (mxfp4_parts/training.py); one cell is also run through
 cpt/run.py and cpt export, and the report says how near the figures are (mxfp4_parts/product.py).
@@ -91,10 +93,9 @@ def run_cells(work_dir: Path, scale: Scale, seeds: list[int], *, from_sample: bo
             base_rows = Rows(data, mix, scale, topology)
             mix = texts.read_mix(work_dir, scale, seed, texts.JAPANESE)
             rows = Rows(data, mix, scale, topology)
-            for arm in releases.arms_of(scale, seed):
+            for arm, cells in releases.cells_of_seed(scale, seed):
                 release = releases.make_release(folder, scale, trainer, base_rows, sets, arm, seed)
-                for lr in scale.lrs:
-                    cell = Cell(arm=arm.name, seed=seed, lr=lr)
+                for cell in cells:
                     if finished(folder, cell) is None:
                         result = run_cell(folder, scale, trainer, rows, sets, cell, release)
                         print(time.strftime("%H:%M:%S"), in_a_line(result), flush=True)
@@ -123,8 +124,8 @@ def write_report(work_dir: Path, scale: Scale, options: argparse.Namespace) -> N
     folder = work_dir / "cells"
     wanted = []
     for seed in range(scale.num_seeds):
-        for arm in releases.arms_of(scale, seed):
-            wanted += [Cell(arm=arm.name, seed=seed, lr=lr) for lr in scale.lrs]
+        for _, cells in releases.cells_of_seed(scale, seed):
+            wanted += cells
     results = []
     for cell in wanted:
         result = finished(folder, cell)

@@ -276,13 +276,34 @@ def test_a_cell_trains_two_thirds_once_and_every_third_from_there(tmp_path: Path
     assert set(result["aware"]) == set(result["plain"]) == set(EXPONENT_RULES)
 
 
+def test_a_second_run_goes_on_from_the_trained_model_with_later_rows(tmp_path: Path) -> None:
+    trainer: Any = _CountingTrainer()
+    cell = cells.Cell(arm="long, ceil", seed=0, lr=1e-3, is_second_run=True)
+    release = rounded_experts(_weights(0, 1.0), "floor")
+    later: list[int] = []
+
+    class _LaterRows:
+        def after(self, steps: int) -> _LaterRows:
+            later.append(steps)
+            return self
+
+    rows: Any = _LaterRows()
+    result = cells.run_cell(tmp_path, QUICK, trainer, rows, [], cell, release)
+    first = [(0, 4, None), (4, 6, None)]
+    assert trainer.calls == first + [(0, 6, None)] + [(0, 6, rule) for rule in EXPONENT_RULES]
+    assert later == [QUICK.steps]
+    assert result["arm"] == "long, ceil, second run"
+    # three trainings of the counting trainer lie behind the plain one, each of 0.1
+    moved = _weights(0, 1.0)[GATE] * 0 + 0.3
+    assert result["moved"] == pytest.approx(float(moved.norm() / release[GATE].norm()), rel=0.02)
+
+
 def test_every_cell_has_a_file_of_its_own() -> None:
-    names = set()
-    for arm in releases.ARMS:
-        for seed in range(REAL.num_seeds):
-            for lr in REAL.lrs:
-                names.add(cells.Cell(arm=arm.name, seed=seed, lr=lr).file_name)
-    assert len(names) == len(releases.ARMS) * REAL.num_seeds * len(REAL.lrs)
+    names = []
+    for seed in range(REAL.num_seeds):
+        for _, found in releases.cells_of_seed(REAL, seed):
+            names += [cell.file_name for cell in found]
+    assert len(names) == len(set(names)) == 3 * (3 + 4) + 2 * 3
 
 
 def test_a_killed_release_goes_on_from_the_last_state_that_was_kept(tmp_path: Path) -> None:

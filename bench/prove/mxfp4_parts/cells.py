@@ -15,6 +15,9 @@ The two thirds are the same training, so they are made once.  What is compared o
     survived = (base experts - exported) / (base experts - trained)
 
 both for the export of the plain training and for the rounded one, so that they can be compared.
+
+A second run is what the recipes for a last phase are: it begins from the model that a whole
+training has made, with a rate and moments of its own, and is rounded from its first step on.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ from mxfp4_parts.training import (
     rounded_experts,
 )
 
+SECOND_RUN = ", second run"
+"""What the name of a second run ends with."""
 METHODS = ("plain", "aware")
 """Training that knows nothing of the rounding, and training whose last third is rounded."""
 
@@ -52,11 +57,18 @@ class Cell:
     arm: str
     seed: int
     lr: float
+    is_second_run: bool = False
+    """Whether it goes on from the trained model of the cell that has the same other values."""
+
+    @property
+    def name(self) -> str:
+        """Its release, and that it is a second run if it is, for tables."""
+        return f"{self.arm}{SECOND_RUN}" if self.is_second_run else self.arm
 
     @property
     def file_name(self) -> str:
         """Name of the file that holds its result."""
-        return f"{self.arm.replace(', ', '-')}-seed{self.seed}-lr{self.lr:.0e}.json"
+        return f"{self.name.replace(', ', '-')}-seed{self.seed}-lr{self.lr:.0e}.json"
 
 
 def finished(folder: Path, cell: Cell) -> dict[str, Any] | None:
@@ -83,8 +95,12 @@ def run_cell(
     start = State(step=0, weights=release, optimizer={})
     fork = trainer.train(start, rows, section, scale.aware_from)
     trained = trainer.train(fork, rows, section, scale.steps).weights
+    if cell.is_second_run:
+        rows = rows.after(scale.steps)
+        fork = State(step=0, weights=trained, optimizer={})
+        trained = trainer.train(fork, rows, section, scale.steps).weights
     result: dict[str, Any] = {
-        "arm": cell.arm,
+        "arm": cell.name,
         "seed": cell.seed,
         "lr": cell.lr,
         "moved": movement(trained, release),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
 from data_pipeline.charts import MUTED, PALETTE, Line, as_svg, draw_level, draw_lines, new_figure
-from mxfp4_parts.cells import METHODS
+from mxfp4_parts.cells import METHODS, SECOND_RUN
 from mxfp4_parts.outcome import groups, mean_of, survived
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ def draw(results: Sequence[dict[str, Any]], source: str) -> Figure:
     """Draw one panel per release, and in it each rule in a color; a dot is a seed, a line the mean.
 
     Args:
-        results: The cells.
+        results: The cells; second runs, which have one learning rate, are left out.
         source: Small print: machine, versions, date.
     """
+    results = [result for result in results if not result["arm"].endswith(SECOND_RUN)]
     arms = list(dict.fromkeys(arm for arm, _ in groups(results)))
     title = "What survives an MXFP4 export of what the experts learned, in % (Japanese)"
     figure, charts = new_figure(1080, 400, columns=len(arms), title=title, source=source)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
-from mxfp4_parts.cells import METHODS
+from mxfp4_parts.cells import METHODS, SECOND_RUN
 from mxfp4_parts.releases import ARMS
 
 T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571)
@@ -85,8 +85,10 @@ def groups(results: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[di
     return dict(sorted(found.items(), key=lambda item: (_arm_order(item[0][0]), item[0][1])))
 
 
-def _arm_order(arm: str) -> int:
-    return [one.name for one in ARMS].index(arm)
+def _arm_order(arm: str) -> tuple[bool, int]:
+    is_second_run = arm.endswith(SECOND_RUN)
+    name = arm.removesuffix(SECOND_RUN)
+    return is_second_run, [one.name for one in ARMS].index(name)
 
 
 def mean_of(group: Sequence[dict[str, Any]], measure: Measure) -> Interval:

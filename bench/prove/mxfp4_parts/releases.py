@@ -14,6 +14,7 @@ by which it was rounded.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from cpt.config import TrainSection
 from cpt.config.precision_sections import ExponentRule
 from cpt.guard.score import ScoredSet
 from data_pipeline.store.files import atomic_write
+from mxfp4_parts.cells import Cell
 from mxfp4_parts.scale import Scale
 from mxfp4_parts.training import Rows, State, Trainer, Weights, rounded_experts
 
@@ -45,6 +47,8 @@ class Arm:
     """The rule by which it was rounded."""
     num_seeds: int
     """Seeds, from 0 on, that have one."""
+    has_second_run: bool = False
+    """Whether the middle learning rate is followed by a second run."""
 
     @property
     def name(self) -> str:
@@ -55,14 +59,21 @@ class Arm:
 ARMS = (
     Arm("short", "floor", 1),
     Arm("long", "floor", 3),
-    Arm("long", "ceil", 3),
+    Arm("long", "ceil", 3, has_second_run=True),
     Arm("converged", "ceil", 1),
 )
 
 
-def arms_of(scale: Scale, seed: int) -> list[Arm]:
-    """Return the arms that a seed has."""
-    return [arm for arm in ARMS if seed < min(arm.num_seeds, scale.num_seeds)]
+def cells_of_seed(scale: Scale, seed: int) -> Iterator[tuple[Arm, list[Cell]]]:
+    """Yield the arms that a seed has, with their cells."""
+    for arm in ARMS:
+        if seed >= min(arm.num_seeds, scale.num_seeds):
+            continue
+        cells = [Cell(arm=arm.name, seed=seed, lr=lr) for lr in scale.lrs]
+        if arm.has_second_run:
+            lr = scale.lrs[len(scale.lrs) // 2]
+            cells.append(Cell(arm=arm.name, seed=seed, lr=lr, is_second_run=True))
+        yield arm, cells
 
 
 def has_converged(values: list[float]) -> bool:

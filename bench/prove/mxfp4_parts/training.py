@@ -111,10 +111,17 @@ class Rows:
         self._mixture = Mixture(data, Ledger.start(mix), mix.seed)
         self._rows = scale.global_batch_size
         self._topology = topology
+        self._steps_before = 0
+
+    def after(self, steps: int) -> Rows:
+        """Return the rows of a training that follows on one of so many steps."""
+        later = copy.copy(self)
+        later._steps_before += steps
+        return later
 
     def of_step(self, step: int) -> MicroBatch:
         """Return the rows of a step, counted from 0."""
-        batch = self._mixture.global_batch(step, self._rows)
+        batch = self._mixture.global_batch(self._steps_before + step, self._rows)
         sources = [int(source) for source in batch.sources]
         rows = []
         for source, row in zip(sources, batch.rows, strict=True):
