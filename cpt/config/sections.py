@@ -361,7 +361,8 @@ class TelemetrySection:
     """Measure the memory of the second step after a start, part by part, and compare it with the
     prediction of --dry_run."""
     export_at_end: bool = False
-    """Write a Hugging Face directory (bf16) into the run directory when the run is done."""
+    """Write a Hugging Face directory into the run directory when the run is done: in bf16, in MXFP4
+    where `train.quantize` has rounded the experts, or an adapter alone for PEFT."""
     log_interval_steps: int = 10
     """Optimizer steps between lines of the log about loss, speed, time left and memory; the first
     and the last step of a start have one, too. 0 turns them off."""

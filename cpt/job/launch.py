@@ -280,6 +280,17 @@ def finished_before(job: Job) -> str:
     )
 
 
+def format_at_end(config: RunConfig, step: int) -> str:
+    """Return the form in which the model that was trained is exported after a step.
+
+    With rounded experts that is MXFP4: in bf16 they would be the master weights, which no forward
+    pass has used.
+    """
+    if config.adapter.is_on:
+        return "peft"
+    return "mxfp4" if config.train.quantize.is_on_after(step) else "bf16"
+
+
 def export_at_end(job: Job, checkpoint: Path, out: Path) -> bool:
     """Export the last checkpoint, and return True, unless that was done before."""
     group = job.topology.control_group
@@ -288,7 +299,7 @@ def export_at_end(job: Job, checkpoint: Path, out: Path) -> bool:
     started = time.perf_counter()
     if job.topology.rank == 0:
         log.info("export of %s begun", checkpoint.name)
-    form = ExportForm(format_name="peft" if job.config.adapter.is_on else "bf16")
+    form = ExportForm(format_name=format_at_end(job.config, job.progress.step))
     on_first_rank(group, lambda: str(export_run(job.run_dir, checkpoint, out, form)))
     if job.topology.rank == 0:
         log.info("export finished in %.1f s: %s", time.perf_counter() - started, out)

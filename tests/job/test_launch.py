@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cpt.config.adapter_section import AdapterSection
+from cpt.config.precision_sections import QuantizeSection
 from cpt.deepspeed_adapter import version
 from cpt.errors import ConfigError
 from cpt.job import launch
@@ -594,3 +596,22 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers() -> None:
     with pytest.raises(ConfigError, match=r"CUDA shows 2 GPUs, but rank 3 .* is '4,5'"):
         check_gpu_count(2, place)
     check_gpu_count(4, place)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "quantize", "expected"),
+    [
+        ("none", {}, "bf16"),
+        ("lora", {}, "peft"),
+        ("none", {"experts": "mxfp4", "start_step": 5}, "mxfp4"),
+        ("none", {"experts": "mxfp4", "start_step": 6}, "bf16"),
+    ],
+)
+def test_end_of_a_run_exports_the_model_that_was_trained(
+    adapter: Any, quantize: dict[str, Any], expected: str
+) -> None:
+    config: Any = SimpleNamespace(
+        adapter=AdapterSection(kind=adapter),
+        train=SimpleNamespace(quantize=QuantizeSection(**quantize)),
+    )
+    assert launch.format_at_end(config, 5) == expected
