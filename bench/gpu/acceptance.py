@@ -44,6 +44,7 @@ GROUPS = (
     Group("kernels", "kernels"),
     Group("engine", "engine", ("training_steps", "profile_of_a_step", "host_waits")),
     Group("truth", "truth"),
+    Group("products", "products"),
     Group("without fused kernels", "engine", ("training_steps",), {SWITCH: "0"}),
     Group("state", "engine", ("scores_are_repeatable", "resume_is_exact")),
     Group("commands", "commands"),

@@ -120,6 +120,8 @@ class Scenario:
     """What the first master weight of an expert matrix is set to at the start: nan or inf."""
     persistence_threshold: int = 100
     """Elements up to which ZeRO-3 keeps a parameter whole."""
+    products: dict[str, Any] = field(default_factory=dict)
+    """The `train.products` section."""
     weight_decay: float = SETTINGS["weight_decay"]
     """`train.weight_decay`."""
 
@@ -170,6 +172,10 @@ class Scenario:
             parts.append(self.poison)
         if self.persistence_threshold != 100:
             parts.append(f"whole-{self.persistence_threshold}")
+        if self.products:
+            parts.append("fp8")
+            parts += [key for key, value in self.products.items() if value == "fp8"]
+            parts.append(self.products.get("scaling", ""))
         return "-".join(parts)
 
     def dump(self) -> str:

@@ -100,6 +100,7 @@ def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
         "dtype": scenario.dtype,
         "gradient_clipping": CLIPPING,
         "freeze": list(scenario.freeze),
+        "products": scenario.products,
         **SETTINGS,
         "weight_decay": scenario.weight_decay,
     }
