@@ -179,6 +179,15 @@ def test_adapters_that_the_model_cannot_have_are_refused_and_others_are_told(
     assert "lora beside 4 attention matrices (rank 4) and 2 stacks" in capsys.readouterr().out
 
 
+def test_8_bit_products_that_the_model_cannot_have_are_refused(
+    dry_run: DryRun, capsys: Any
+) -> None:
+    assert dry_run("train.products={experts: fp8, scaling: blocks}") == 78
+    told = capsys.readouterr().err
+    assert "bf16_layers is [1, 1], but the model has 1 layers: no product would be in" in told
+    assert "blocks have 32 values, but gate_up_proj has 8 inputs and 64 outputs" in told
+
+
 def test_run_does_not_start_from_a_checkpoint_of_its_own(
     dry_run: DryRun, workplace: Path, capsys: Any
 ) -> None:

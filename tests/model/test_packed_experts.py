@@ -5,6 +5,8 @@ Shape letters: R rows, E experts, M model size, I expert size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from cpt.model.experts import packed
 from cpt.model.experts.function import Activation, Parameters, apply_experts
 from cpt.model.experts.grouped import Groups, product
 from cpt.model.experts.packed import PackedMatrices
+from cpt.model.products.recipe import EightBit
 from cpt.model.weights import mxfp4
 
 EXPERTS = 8
@@ -75,6 +78,26 @@ def test_product_with_packed_experts_has_the_bits_of_the_decoded_ones(
     found = product(rows, codes, groups, grouped=grouped)
     assert codes.shape == values.shape
     assert torch.equal(found, product(rows, values, groups, grouped=grouped))
+
+
+@every_dtype
+@pytest.mark.parametrize("experts_at_a_time", [3], indirect=True)
+@pytest.mark.parametrize("scaling", ["rows", "blocks"])
+def test_8_bit_product_with_packed_experts_has_the_bits_of_the_decoded_ones(
+    dtype: torch.dtype, grouped: bool, experts_at_a_time: int, scaling: Any
+) -> None:
+    codes, values = packed_and_decoded(INPUTS, OUTPUTS, dtype)
+    counts = (9, 0, 11, 3, 0, 0, 20, 7)
+    groups = Groups(torch.tensor(counts))
+    eight_bit = EightBit(scaling)
+    for turned in (False, True):
+        left = codes.transpose(1, 2) if turned else codes
+        right = values.transpose(1, 2) if turned else values
+        rows = draw(sum(counts), right.shape[1], dtype=dtype)
+        found = product(rows, left, groups, grouped=grouped, eight_bit=eight_bit)
+        expected = product(rows, right, groups, grouped=grouped, eight_bit=eight_bit)
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, product(rows, right, groups, grouped=grouped))
 
 
 @every_dtype
