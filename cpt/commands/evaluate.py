@@ -1,4 +1,4 @@
-"""`cpt evaluate`: run tasks on an export and compare the scores with those of a baseline."""
+"""`cpt evaluate`: run tasks on a model and compare the scores with those of a baseline."""
 
 from __future__ import annotations
 
@@ -6,8 +6,22 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
-from cpt.commands.early_checks import file_problems, model_problems, refuse
-from cpt.commands.shared_options import add_device_map, add_ranks, rank_options
+from cpt.commands.early_checks import (
+    base_problems,
+    file_problems,
+    model_problems,
+    own_run_dir_problems,
+    refuse,
+)
+from cpt.commands.shared_options import (
+    add_base,
+    add_device_map,
+    add_ranks,
+    add_step,
+    checkpoint_folder,
+    located_base,
+    rank_options,
+)
 from cpt.errors import ConfigError
 
 
@@ -15,9 +29,14 @@ def add_parser(commands: Commands) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "evaluate",
-        help="run tasks on an export; exit code 65 if a drop is proven, 78 if not all is kept",
+        help="run tasks on an export or a checkpoint; exit code 65 if a drop is proven, 78 if not "
+        "all is kept",
     )
-    parser.add_argument("--model", type=Path, required=True, help="exported directory")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--model", type=Path, help="exported directory")
+    where.add_argument("--run_dir", type=Path, help="run directory, for a checkpoint")
+    add_step(parser)
+    add_base(parser)
     parser.add_argument(
         "--tasks", type=Path, required=True, help="task YAML, such as configs/tasks/sample.yaml"
     )
@@ -36,8 +55,13 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    problems = _baseline_problems(options)
+    if options.run_dir is None and (options.step, options.base) != (None, None):
+        problems.append("--step and --base are for the checkpoint of a run (--run_dir) only.")
     refuse(
-        _baseline_problems(options),
+        problems,
+        own_run_dir_problems(options.run_dir),
+        base_problems(options.base),
         model_problems("--model", options.model),
         file_problems("--tasks", options.tasks),
     )
@@ -45,9 +69,16 @@ def _run(options: argparse.Namespace) -> None:
 
     load_tasks(options.tasks)  # what is wrong there is told before the imports that follow
     from cpt.offline.evaluation.comparison import evaluate
+    from cpt.offline.evaluation.scored_model import ExportedModel, ModelOfCheckpoint, ScoredModel
 
+    scored: ScoredModel
+    if options.model is not None:
+        scored = ExportedModel(options.model)
+    else:
+        folder = checkpoint_folder(options.run_dir, options.step)
+        scored = ModelOfCheckpoint(folder, located_base(options.base))
     evaluate(
-        options.model,
+        scored,
         options.tasks,
         options.out,
         options.baseline,

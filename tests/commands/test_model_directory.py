@@ -29,6 +29,7 @@ from cpt.job.gate import check_named_files
 from cpt.model.configuration import load_config
 from cpt.model.foreign_code import refuse_foreign_code
 from cpt.offline.evaluation.harness import score_harness
+from cpt.offline.evaluation.scored_model import ExportedModel
 from cpt.offline.evaluation.tasks import load_tasks
 from cpt.offline.plain_model import load_export
 from data_pipeline.text.harmony import STOP_IDS
@@ -242,7 +243,7 @@ def test_harness_gets_our_own_tokenizer(
     (tmp_path / "tasks.yaml").write_text(json.dumps({"tasks": [{**task, "max_drop": 5.0}]}))
     tasks = load_tasks(tmp_path / "tasks.yaml")
     with pytest.raises(KeyboardInterrupt):
-        score_harness(tasks, {}, None, plants.model, 1)
+        score_harness(tasks, {}, None, ExportedModel(plants.model), 1)
     assert not plants.mark.exists()
     assert given["tokenizer"].chat_template is None
     assert given["tokenizer"]("hi there").input_ids == [3686, 1354]

@@ -15,18 +15,24 @@ import torch
 import yaml
 from transformers import GptOssConfig, GptOssForCausalLM
 
+from cpt.checkpoint.reader import step_folder
 from cpt.cli import main
+from cpt.config.adapter_section import AdapterSection
 from cpt.errors import ConfigError, DataError, EvaluationFailed
+from cpt.export.huggingface import export_checkpoint
 from cpt.export.tokenizer import save_tokenizer
+from cpt.model.configuration import load_config
 from cpt.offline.evaluation import harness
 from cpt.offline.evaluation.comparison import evaluate
 from cpt.offline.evaluation.harness import REQUESTS
 from cpt.offline.evaluation.local import local_contents
 from cpt.offline.evaluation.local_scoring import ScoredText
+from cpt.offline.evaluation.scored_model import ExportedModel
 from cpt.offline.evaluation.scores import Result, Score, read_result, write_result
 from cpt.offline.evaluation.tasks import load_tasks
 from cpt.offline.plain_model import load_export
 from data_pipeline.text.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode
+from tests.support.adapters import write_adapter
 from tests.support.lm_eval import require_lm_eval
 from tests.support.records import write_jsonl
 
@@ -149,9 +155,45 @@ def test_a_model_passes_against_itself_and_fails_once_it_has_lost_more_than_it_m
     assert states == {"text": "dropped", "choice": "kept", "reply": "kept"}
 
 
+def test_a_run_with_an_adapter_is_scored_as_its_merged_export(
+    models: dict[str, Path], folder: Path
+) -> None:
+    write_tasks(folder, [TEXT_TASK])
+    config = load_config(models["good"], None, option="--model")
+    section = AdapterSection(kind="lora", rank=8, expert_rank=8, alpha=32)
+    write_adapter(folder / "run", models["good"], section, config)
+    step = step_folder(folder / "run", 3)
+    export_checkpoint(step, folder / "merged", "bf16", base=models["good"])
+    assert run(folder, folder / "merged", "--no_baseline", "--out", str(folder / "a.json")) == 0
+    moved = models["good"].rename(models["good"].with_name("moved"))
+    asked = ["--run_dir", str(folder / "run"), "--step", "3"]
+    files = ["--tasks", str(folder / "tasks.yaml"), "--out", str(folder / "b.json")]
+    try:
+        assert main(["evaluate", *asked, *files, "--no_baseline"]) == 78, "the base is gone"
+        assert not (folder / "b.json").exists()
+        asked += ["--base", str(moved)]
+        assert main(["evaluate", *asked, *files, "--no_baseline"]) == 0
+    finally:
+        moved.rename(models["good"])
+    merged = read_result(folder / "a.json")
+    scored = read_result(folder / "b.json")
+    assert scored.scores == merged.scores
+    assert scored.model == str(step)
+    assert run(folder, models["good"], "--no_baseline", "--out", str(folder / "c.json")) == 0
+    assert read_result(folder / "c.json").scores != merged.scores
+
+
+def test_step_and_base_without_a_run_are_refused(
+    models: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--no_baseline", "--out", str(folder / "a.json"), "--step", "3"]
+    assert run(folder, models["good"], *options) == 78
+    assert "--step and --base are for the checkpoint of a run" in capsys.readouterr().err
+
+
 def test_a_likelier_choice_is_the_answer(models: dict[str, Path], folder: Path) -> None:
     out = folder / "out.json"
-    evaluate(models["good"], folder / "tasks.yaml", out, None)
+    evaluate(ExportedModel(models["good"]), folder / "tasks.yaml", out, None)
     model = load_export(models["good"])
     right = []
     for record in CHOICES:
@@ -206,7 +248,7 @@ def test_what_the_baseline_cannot_decide_is_refused_before_a_model_is_loaded(
     code = run(folder, folder / "no model", "--baseline", str(base), "--out", str(out))
     assert code == 78
     with pytest.raises(ConfigError, match=message):
-        evaluate(folder, folder / "tasks.yaml", folder / "out.json", base)
+        evaluate(ExportedModel(folder), folder / "tasks.yaml", folder / "out.json", base)
 
 
 def test_a_missing_baseline_is_refused_with_the_command_that_makes_it(
@@ -256,7 +298,7 @@ def test_a_wrong_record_is_refused_with_file_and_line(
 ) -> None:
     (folder / "choice.jsonl").write_text(line + "\n")
     with pytest.raises(DataError, match=message):
-        evaluate(folder, folder / "tasks.yaml", folder / "out.json", None)
+        evaluate(ExportedModel(folder), folder / "tasks.yaml", folder / "out.json", None)
 
 
 HARNESS = {
@@ -324,7 +366,7 @@ def test_harness_tasks_are_scored_judged_and_refused_like_local_ones(
     base = folder / "base.json"
     now = folder / "now.json"
     calls = stand_in(monkeypatch, 600)
-    evaluate(folder, folder / "tasks.yaml", base, None)
+    evaluate(ExportedModel(folder), folder / "tasks.yaml", base, None)
     assert calls[0]["tasks"] == ["hellaswag"]
     score = json.loads(base.read_text())["tasks"]["hs"]
     assert score["value"] == 60 and score["per_document"] == [1.0] * 600 + [0.0] * 400
@@ -334,7 +376,7 @@ def test_harness_tasks_are_scored_judged_and_refused_like_local_ones(
         match=r"task 'hs' dropped by 6.00, perhaps by 7.\d\d \(from 60.000 to 54.000; 60 answers "
         r"lost, 0 won, p = 4.3e-19\), max_drop is 5",
     ):
-        evaluate(folder, folder / "tasks.yaml", now, base)
+        evaluate(ExportedModel(folder), folder / "tasks.yaml", now, base)
     (verdict,) = json.loads(now.read_text())["verdicts"]
     assert (verdict["lost"], verdict["won"], verdict["method"]) == (60, 0, "mcnemar")
 
@@ -367,7 +409,7 @@ def test_the_real_harness_scores_a_task_of_ones_own_document_by_document(
         save_tokenizer(models["good"], 4096)
     task = HARNESS | {"task": "own_choice", "include_path": "own", "max_drop": 90.0}
     write_tasks(folder, [task])
-    evaluate(models["good"], folder / "tasks.yaml", folder / "base.json", None)
+    evaluate(ExportedModel(models["good"]), folder / "tasks.yaml", folder / "base.json", None)
     score = read_result(folder / "base.json").scores["hs"]
     assert score.documents == 12 and score.is_right_or_wrong
     assert score.value == pytest.approx(100 * np.mean(score.per_document))
@@ -390,10 +432,10 @@ def test_unknown_harness_tasks_and_metrics_are_refused(
     stand_in(monkeypatch, 600)
     write_tasks(folder, [HARNESS | {"task": "helaswag"}])
     with pytest.raises(ConfigError, match=r"no task 'helaswag'. Did you mean 'hellaswag'"):
-        evaluate(folder, folder / "tasks.yaml", folder / "out.json", None)
+        evaluate(ExportedModel(folder), folder / "tasks.yaml", folder / "out.json", None)
     write_tasks(folder, [HARNESS | {"metric": "f1"}])
     with pytest.raises(DataError, match=r"no metric 'f1'. It has: acc, acc_norm"):
-        evaluate(folder, folder / "tasks.yaml", folder / "out.json", None)
+        evaluate(ExportedModel(folder), folder / "tasks.yaml", folder / "out.json", None)
 
 
 def test_without_the_harness_its_tasks_are_refused_with_the_cure(
@@ -402,7 +444,7 @@ def test_without_the_harness_its_tasks_are_refused_with_the_cure(
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     write_tasks(folder, [HARNESS])
     with pytest.raises(ConfigError, match=r"pip install 'gpt-oss-cpt\[evaluate\]'"):
-        evaluate(folder, folder / "tasks.yaml", folder / "out.json", None)
+        evaluate(ExportedModel(folder), folder / "tasks.yaml", folder / "out.json", None)
 
 
 def test_shipped_task_files_can_be_read() -> None:

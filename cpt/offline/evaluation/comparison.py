@@ -1,4 +1,4 @@
-"""`cpt evaluate`: run the tasks of a YAML on an export, and refuse it if one dropped too far.
+"""`cpt evaluate`: run the tasks of a YAML on a model, and refuse it if one dropped too far.
 
 task YAML -> checked, with the baseline -> model -> scores -> verdicts -> JSON, table, exit code
 """
@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cpt.errors import ConfigError
-from cpt.model.configuration import load_config
-from cpt.model.parameters import parameter_shapes
-from cpt.model.weights.checksums import model_hash
-from cpt.model.weights.directory import DirectoryWeights
 from cpt.offline.evaluation.harness import check_harness, score_harness
 from cpt.offline.evaluation.local import local_contents
 from cpt.offline.evaluation.local_scoring import score_local
+from cpt.offline.evaluation.scored_model import ScoredModel
 from cpt.offline.evaluation.scores import (
     Result,
     Score,
@@ -35,7 +32,7 @@ from cpt.offline.evaluation.verdict import (
 )
 from cpt.offline.model import OfflineModel
 from cpt.offline.pieces import kept_pieces, partial_folder
-from cpt.offline.plain_model import DeviceMap, load_export
+from cpt.offline.plain_model import DeviceMap
 from cpt.offline.rank_options import RankOptions
 from cpt.offline.ranks import offline_ranks
 from cpt.resilience.environment import is_launched
@@ -47,7 +44,7 @@ Conclude = Callable[[dict[str, Score]], list[dict[str, Any]]]
 
 
 def evaluate(
-    model_dir: Path,
+    scored: ScoredModel,
     tasks_file: Path,
     out: Path,
     baseline_file: Path | None,
@@ -55,13 +52,13 @@ def evaluate(
     options: RankOptions | None = None,
     device_map: DeviceMap = "one",
 ) -> None:
-    """Score an export on all tasks; everything known before it is checked before it is loaded.
+    """Score a model on all tasks; everything known before it is checked before it is loaded.
 
     All ranks of a launcher call it together, if no task is lm-evaluation-harness's. What another
     start has computed is not computed again.
 
     Args:
-        model_dir: A Hugging Face directory that `cpt export` wrote.
+        scored: The model: what `cpt export` wrote, or a checkpoint.
         tasks_file: The task YAML.
         out: File for the result, as JSON.
         baseline_file: Result of the model before training; None if this is that model.
@@ -91,7 +88,7 @@ def evaluate(
         verdicts: list[Verdict] = []
         if baseline is not None:
             verdicts = compare_with_baseline(limits, scores, baseline)
-        write_result(out, Result(model=str(model_dir), scores=scores, verdicts=verdicts))
+        write_result(out, Result(model=str(scored.path), scores=scores, verdicts=verdicts))
         say(f"{score_table(scores, verdicts)}\n-> {out}")
         return [asdict(verdict) for verdict in verdicts]
 
@@ -99,10 +96,10 @@ def evaluate(
     measured: dict[str, Score] = {}
     if len(local) < len(tasks):
         _refuse_ranks(tasks)
-        plain_model = load_export(model_dir, device_map)
-        measured = score_harness(tasks, managers, plain_model, model_dir, batch_size)
+        plain_model = scored.plain(device_map)
+        measured = score_harness(tasks, managers, plain_model, scored, batch_size)
     if local:
-        verdicts = _on_ranks(model_dir, local, out, options or RankOptions(), measured, conclude)
+        verdicts = _on_ranks(scored, local, out, options or RankOptions(), measured, conclude)
     else:
         verdicts = conclude(measured)
     refuse_drops([Verdict(**verdict) for verdict in verdicts])
@@ -123,7 +120,7 @@ def _refuse_ranks(tasks: Sequence[Task]) -> None:
 
 
 def _on_ranks(
-    model_dir: Path,
+    scored: ScoredModel,
     tasks: Sequence[Task],
     out: Path,
     options: RankOptions,
@@ -131,13 +128,13 @@ def _on_ranks(
     conclude: Conclude,
 ) -> list[dict[str, Any]]:
     """Score local tasks on all ranks; the first one concludes, and all get its answer."""
-    config = load_config(model_dir, None, option="--model")
-    weights = DirectoryWeights(model_dir, parameter_shapes(config))
+    config = scored.config()
+    weights = scored.weights()
     with offline_ranks(config, partial_folder(out), options) as ranks:
         model = OfflineModel(config, ranks.topology)
         identity = {
             "command": "evaluate",
-            "model": ranks.on_first(lambda: model_hash(model_dir, weights.files)),
+            "model": ranks.on_first(scored.identity),
             "tasks": list(local_contents(tasks).values()),
             "computed_in": str(model.dtype).removeprefix("torch."),
         }

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cpt.errors import ConfigError, DataError
-from cpt.model.configuration import load_config
-from cpt.model.weights.tokenizer_check import tokenizer_problems
 from cpt.offline.evaluation.harness_results import score_of_results
+from cpt.offline.evaluation.scored_model import ScoredModel
 from cpt.offline.evaluation.scores import Score
 from cpt.offline.evaluation.tasks import Task
 from cpt.offline.plain_tokenizer import plain_tokenizer
@@ -62,21 +61,20 @@ def check_harness(tasks: Sequence[Task]) -> TaskManagers:
     return managers
 
 
-def harness_tokenizer(model_dir: Path) -> Any:
+def harness_tokenizer(scored: ScoredModel) -> Any:
     """Return the tokenizer that the harness gets: our own, not what lies beside the weights.
 
     Raises:
-        ConfigError: the directory's tokenizer is another one than o200k_harmony.
+        ConfigError: the model's tokenizer is another one than o200k_harmony.
     """
-    config = load_config(model_dir, None, option="--model")
-    problems = tokenizer_problems(model_dir, config.vocab_size)
+    problems = scored.tokenizer_problems()
     if problems:
         raise ConfigError(problems)
-    return plain_tokenizer(config.max_position_embeddings)
+    return plain_tokenizer(scored.config().max_position_embeddings)
 
 
 def score_harness(
-    tasks: Sequence[Task], managers: TaskManagers, model: Any, model_dir: Path, batch_size: int
+    tasks: Sequence[Task], managers: TaskManagers, model: Any, scored: ScoredModel, batch_size: int
 ) -> dict[str, Score]:
     """Score those tasks of a list that are the harness's, and return the scores by name.
 
@@ -84,11 +82,11 @@ def score_harness(
         tasks: The tasks, those of other kinds included.
         managers: What `check_harness` returned.
         model: The model.
-        model_dir: Its directory, whose tokenizer must be o200k_harmony.
+        scored: Where it comes from; its tokenizer must be o200k_harmony.
         batch_size: Batch size of the harness.
 
     Raises:
-        ConfigError: the directory's tokenizer is another one.
+        ConfigError: its tokenizer is another one.
         DataError: data could not be fetched, or a task lacks its metric.
     """
     wanted = [task for task in tasks if task.kind == "harness"]
@@ -97,7 +95,7 @@ def score_harness(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    tokenizer = harness_tokenizer(model_dir)
+    tokenizer = harness_tokenizer(scored)
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     _hide_bars(language_model)
     scores: dict[str, Score] = {}
