@@ -58,7 +58,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLE] = FaultTable()
 
 
+SLOW_TEST_SECONDS = 2400
+"""Limit of a slow test and its fixtures, whose launches may take up to 1,800 seconds each."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TEST_SECONDS))
     if config.getoption("--fast"):
         kept = [item for item in items if is_fast(item.path) and not is_slow(item)]
     elif config.getoption("--faults"):

@@ -274,7 +274,7 @@ def results(folder: Path, references: References) -> dict[str, list[dict[str, An
     launched = [*QUICK, *RESUMED, BF16]
     arguments = [str(folder), *(chosen.dump() for chosen in launched)]
     worker = ROOT / "tests" / "dist" / "worker.py"
-    assert launch(worker, 2, arguments, timeout_seconds=900) == [0, 0]
+    assert launch(worker, 2, arguments, timeout_seconds=1800) == [0, 0]
     found = {}
     for chosen in launched:
         found[key_of(chosen)] = json.loads(parameter_file(folder, chosen).read_text())

@@ -67,7 +67,8 @@ SHAPES = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("memory")
     arguments = [str(folder), *(json.dumps(one) for one in SHAPES)]
-    assert launch(ROOT / "tests" / "dist" / "memory_worker.py", 2, arguments) == [0, 0]
+    worker = ROOT / "tests" / "dist" / "memory_worker.py"
+    assert launch(worker, 2, arguments, timeout_seconds=1800) == [0, 0]
     return folder
 
 

@@ -91,7 +91,7 @@ def run(folder: Path, scenarios: list[Scenario]) -> None:
     for one in scenarios:
         arguments += [one.dump(), packed(one).dump()]
     arguments.append(resumed(scenarios[0]).dump())
-    assert launch(WORKER, 2, arguments, timeout_seconds=900) == [0, 0]
+    assert launch(WORKER, 2, arguments, timeout_seconds=1800) == [0, 0]
 
 
 def assert_bit_equal(folder: Path, one: Scenario, *, goes_on: bool) -> None:
