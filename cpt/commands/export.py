@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from cpt.commands import Commands
@@ -19,12 +20,15 @@ from cpt.commands.shared_options import (
     checkpoint_folder,
     located_base,
     rank_options,
+    tell,
 )
 from cpt.resilience.environment import rank_of_environment
-from data_pipeline.console.say import say
+from data_pipeline.console.say import complain, say
 
 FORMATS = ("bf16", "mxfp4", "fp32", "peft")
 """Whole models as `cpt.export.huggingface.export_checkpoint` writes them, or the adapter alone."""
+EXPONENTS = ("floor", "ceil", "least")
+"""`cpt.model.weights.mxfp4.EXPONENT_RULES`, which is not imported to parse a command line."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -32,7 +36,11 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
     parser.add_argument("--run_dir", type=Path, required=True, help="run directory")
     add_step(parser)
-    add_base(parser)
+    add_base(
+        parser,
+        "; with --format mxfp4 also of a whole model: the one that it started from, to tell how "
+        "much of the training is kept",
+    )
     parser.add_argument("--out", type=Path, required=True, help="new directory")
     parser.add_argument("--format", default="bf16", help=", ".join(FORMATS))
     parser.add_argument(
@@ -47,11 +55,63 @@ def add_parser(commands: Commands) -> None:
         help="with --format mxfp4: score the quantized weights on the run's held-out text; "
         "auto does it if the text is there and the model is small enough, in one process only",
     )
+    _add_rules(parser)
     add_ranks(parser)
     parser.set_defaults(run=_run)
 
 
+def _add_rules(parser: argparse.ArgumentParser) -> None:
+    """Add the options on the exponents of MXFP4."""
+    parser.add_argument(
+        "--exponent",
+        choices=EXPONENTS,
+        help="with --format mxfp4: rule for the exponent of a block of 32 weights; default: that "
+        "of training if it rounded (train.quantize), else floor",
+    )
+    parser.add_argument(
+        "--accept_rule_change",
+        action="store_true",
+        help="with --exponent: export a run that rounded in training by another rule",
+    )
+    parser.add_argument(
+        "--score_rules",
+        action="store_true",
+        help="with --format mxfp4: score every exponent rule on the run's held-out text and print "
+        "a table; exports only with --exponent",
+    )
+
+
 def _run(options: argparse.Namespace) -> None:
+    refuse(
+        _option_problems(options),
+        own_run_dir_problems(options.run_dir),
+        base_problems(options.base),
+        out_problems(options.out),
+    )
+    from cpt.export.run_export import ExportForm, export_run, export_with_rules
+
+    folder = checkpoint_folder(options.run_dir, options.step)
+    form = ExportForm(
+        format_name=options.format,
+        adapter_dtype=options.dtype or "bf16",
+        base=located_base(options.base),
+        exponent=options.exponent,
+        accepts_rule_change=options.accept_rule_change,
+    )
+    ranks = rank_options(options)
+    if options.score_rules:
+        tell(export_with_rules(options.run_dir, folder, options.out, form, ranks))
+        if options.exponent is None:
+            tell(_how_to_export(options))
+            return
+    else:
+        export_run(options.run_dir, folder, options.out, form, options.score, ranks)
+    if rank_of_environment() == 0:
+        _describe(folder, options.out)
+
+
+def _option_problems(options: argparse.Namespace) -> list[str]:
+    """Return what options do not go together."""
     problems = []
     if options.format not in FORMATS:
         problems.append(f"--format {options.format} is none of {', '.join(FORMATS)}.")
@@ -59,22 +119,35 @@ def _run(options: argparse.Namespace) -> None:
         problems.append("--dtype is for --format peft only: the other formats name their dtype.")
     if options.base is not None and options.format == "peft":
         problems.append("--base is for merged models: --format peft writes the adapter alone.")
-    refuse(
-        problems,
-        own_run_dir_problems(options.run_dir),
-        base_problems(options.base),
-        out_problems(options.out),
-    )
-    from cpt.export.run_export import ExportForm, describe_export, export_run
+    if options.format != "mxfp4":
+        for name in ("exponent", "accept_rule_change", "score_rules"):
+            if getattr(options, name):
+                problems.append(f"--{name} is for --format mxfp4: no other format has exponents.")
+    if options.accept_rule_change and options.exponent is None:
+        problems.append("--accept_rule_change needs --exponent: without it no rule is changed.")
+    if options.score_rules and options.score == "never":
+        problems.append("--score_rules scores, and --score never does not. Remove one of the two.")
+    return problems
 
-    folder = checkpoint_folder(options.run_dir, options.step)
-    form = ExportForm(
-        format_name=options.format,
-        adapter_dtype=options.dtype or "bf16",
-        base=located_base(options.base),
+
+def _how_to_export(options: argparse.Namespace) -> str:
+    """Return how to go on after a comparison of the rules."""
+    command = ["cpt", "export", "--run_dir", str(options.run_dir)]
+    if options.step is not None:
+        command += ["--step", str(options.step)]
+    if options.base is not None:
+        command += ["--base", str(options.base)]
+    command += ["--format", "mxfp4", "--exponent", "RULE", "--out", str(options.out)]
+    return (
+        "Nothing is exported yet. With RULE being one of these, this exports without scoring again "
+        f"(add --score_rules to keep the table with the export):\n    {shlex.join(command)}"
     )
-    out = export_run(
-        options.run_dir, folder, options.out, form, options.score, rank_options(options)
-    )
-    if rank_of_environment() == 0:
-        say(f"{describe_export(out)}{folder} -> {out}")
+
+
+def _describe(folder: Path, out: Path) -> None:
+    """Say what to know of an export, and on stderr what to do something about."""
+    from cpt.export.run_export import describe_export, warnings_of
+
+    say(f"{describe_export(out)}{folder} -> {out}")
+    for warning in warnings_of(out):
+        complain(f"warning: {warning}")

@@ -42,13 +42,18 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="default: the newest complete checkpoint")
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
-    """Add `--base`, the model below the adapter of a checkpoint."""
+def add_base(parser: argparse.ArgumentParser, further_use: str = "") -> None:
+    """Add `--base`, the model below the adapter of a checkpoint.
+
+    Args:
+        parser: The parser.
+        further_use: What else a subcommand reads it for, as a clause.
+    """
     parser.add_argument(
         "--base",
         type=Path,
-        help="of an adapter's checkpoint: the model below it, as model.path names one; default: "
-        "where it was in training",
+        help=f"of an adapter's checkpoint: the model below it, as model.path names one{further_use}"
+        "; default: where it was in training",
     )
 
 

@@ -25,12 +25,12 @@ from cpt.checkpoint.model_config import model_config_of
 from cpt.checkpoint.model_weights import adapter_of, merged_weights, whole_expert_pieces
 from cpt.checkpoint.weights import stored_pieces
 from cpt.errors import CheckpointError, ConfigError
-from cpt.export.quantization_error import TensorError, quantization_report
+from cpt.export.exponent_choice import ExponentChoice, choose_exponent
+from cpt.export.mxfp4_report import REPORT_FILE
+from cpt.export.quantized_export import QuantizedExport, quantized_entries
 from cpt.export.reader_forms import exported_config, generation_config
 from cpt.export.tokenizer import save_tokenizer
 from cpt.model.parameters import parameter_shapes
-from cpt.model.weights import mxfp4
-from cpt.model.weights.hf_layout import BLOCKS, SCALES, is_expert_matrix
 from cpt.model.weights.writer import (
     DirectoryWriter,
     Entry,
@@ -54,8 +54,6 @@ QUANTIZATION_CONFIG = {
     ],
 }
 """Part of config.json, as in the released model."""
-REPORT_FILE = "mxfp4_report.json"
-"""Rounding error of every tensor of an MXFP4 export."""
 MAX_PROBLEMS = 5
 """Tensors that a refusal names."""
 
@@ -75,6 +73,7 @@ def export_checkpoint(
     format_name: str,
     complete: CompleteDirectory | None = None,
     base: Path | None = None,
+    choice: ExponentChoice | None = None,
 ) -> Path:
     """Write the weights of a checkpoint as a Hugging Face directory.
 
@@ -82,18 +81,21 @@ def export_checkpoint(
         folder: The checkpoint.
         out: The new directory.
         format_name: `bf16`; `mxfp4` (expert matrices rounded to the released layout, the rest in
-            bf16, with a report of the error of every tensor); or `fp32` (the master weights).
+            bf16, with a report of what that does to every tensor); or `fp32` (the master weights).
         complete: Called with the directory when only its publication is left.
-        base: Directory of the model below an adapter; None for where it was in training.
+        base: The model below an adapter, or to compare an `mxfp4` export with; None for where the
+            run started from.
+        choice: The rule of `mxfp4`; None for that of training, or the default.
 
     Returns:
         `out`.
 
     Raises:
         ConfigError: the format is unknown, `out` exists, or the base of an adapter is not there or
-            is another model.
+            is another model; or the given base cannot be compared with.
         StorageError: the directory could not be written; nothing is left behind.
-        CheckpointError: the checkpoint is damaged, or lacks a tensor of its model.
+        CheckpointError: the checkpoint is damaged, or lacks a tensor of its model, or holds values
+            that MXFP4 does not have.
     """
     if format_name not in DTYPES:
         raise ConfigError(f"--format {format_name} is not one of: {', '.join(DTYPES)}.")
@@ -107,21 +109,25 @@ def export_checkpoint(
         _check_tensors(folder, manifest, shapes)
     else:
         source = merged_weights(folder, manifest, adapter, torch.float32, base)
+    entries = _entries(shapes, format_name)
+    quantized = None
+    if format_name == "mxfp4":
+        rule = choice or choose_exponent(manifest, None)
+        quantized = QuantizedExport(folder, manifest, rule, base)
     verify_files(folder, manifest)
     with published(out) as temporary:
-        entries = _entries(shapes, format_name)
         check_weights_space(temporary, sum(entry.num_bytes for entry in entries.values()))
         pieces: WeightPieces = stored_pieces(folder, manifest)
         if source is not None:
             pieces = whole_expert_pieces(source, source.shapes)
         total = sum(math.prod(shape) for shape in shapes.values())
         with show_progress(total, f"export of {folder.name}", "value", unit_scale=True) as bar:
-            errors = _write_weights(pieces, shapes, temporary, entries, bar)
+            _write_weights(_counted(pieces, bar), shapes, temporary, entries, quantized)
             fault_point("export", manifest.step)
         if source is not None:
             source.refuse_unusable()
-        if format_name == "mxfp4":
-            _write_json(temporary / REPORT_FILE, quantization_report(errors))
+        if quantized is not None:
+            _write_json(temporary / REPORT_FILE, quantized.report(folder.name))
         _write_other_files(temporary, config, format_name)
         if complete is not None:
             complete(temporary)
@@ -147,56 +153,38 @@ def _check_tensors(folder: Path, manifest: Manifest, expected: Shapes) -> None:
 
 def _entries(shapes: Shapes, format_name: str) -> dict[str, Entry]:
     """Return everything that the weight files will hold, in order of writing."""
+    if format_name == "mxfp4":
+        return quantized_entries(shapes)
     dtype = DTYPES[format_name]
-    entries: dict[str, Entry] = {}
-    for name, shape in sorted(shapes.items()):
-        if format_name != "mxfp4" or not is_expert_matrix(name, shape):
-            entries[name] = Entry(shape=shape, dtype=dtype)
-            continue
-        experts, inputs, rows = shape
-        if inputs % mxfp4.BLOCK:
-            raise ConfigError(
-                f"{name} has {inputs} inputs; MXFP4 needs a multiple of {mxfp4.BLOCK}. Use bf16."
-            )
-        blocks = (experts, rows, inputs // mxfp4.BLOCK)
-        entries[name + BLOCKS] = Entry(shape=(*blocks, mxfp4.BLOCK // 2), dtype=torch.uint8)
-        entries[name + SCALES] = Entry(shape=blocks, dtype=torch.uint8)
-    return entries
+    return {name: Entry(shape=shape, dtype=dtype) for name, shape in sorted(shapes.items())}
+
+
+def _counted(pieces: WeightPieces, bar: ProgressBar) -> WeightPieces:
+    """Yield pieces and show how many of their values went by."""
+    for name, start, values in pieces:
+        bar.update(values.numel())
+        yield name, start, values
 
 
 def _write_weights(
-    pieces: WeightPieces, shapes: Shapes, out: Path, entries: dict[str, Entry], bar: ProgressBar
-) -> dict[str, TensorError]:
-    """Write all weights and return the errors of the quantized tensors."""
-    errors: dict[str, TensorError] = {}
+    pieces: WeightPieces,
+    shapes: Shapes,
+    out: Path,
+    entries: dict[str, Entry],
+    quantized: QuantizedExport | None,
+) -> None:
+    """Write all weights; what has no entry of its own name is rounded."""
     with DirectoryWriter(out, entries) as writer:
         for name, start, values in pieces:
-            bar.update(values.numel())
-            if name in entries:
-                writer.write(name, start, values.to(entries[name].dtype))
+            if quantized is not None and name not in entries:
+                _, inputs, rows = shapes[name]
+                experts = values.view(-1, inputs, rows)
+                quantized.write(writer, name, start // (inputs * rows), experts)
                 continue
-            _, inputs, rows = shapes[name]
-            first_expert = start // (inputs * rows)
-            experts = values.view(-1, inputs, rows)
-            error = errors.setdefault(name, TensorError())
-            _write_quantized(writer, name, first_expert, experts, error)
-    return errors
-
-
-def _write_quantized(
-    writer: DirectoryWriter,
-    name: str,
-    first_expert: int,
-    experts: torch.Tensor,
-    error: TensorError,
-) -> None:
-    """Round whole experts, (experts, inputs, rows) in fp32, to MXFP4 and count the error."""
-    for index, expert in enumerate(experts, start=first_expert):
-        exact = expert.unsqueeze(0).to(torch.bfloat16)
-        blocks, scales = mxfp4.encode(exact)
-        writer.write(name + BLOCKS, index * blocks.numel(), blocks)
-        writer.write(name + SCALES, index * scales.numel(), scales)
-        error.add(exact, mxfp4.decode(blocks, scales))
+            stored = values.to(entries[name].dtype)
+            if quantized is not None:
+                quantized.look(name, stored)
+            writer.write(name, start, stored)
 
 
 def _write_other_files(out: Path, config: GptOssConfig, format_name: str) -> None:

@@ -1,4 +1,4 @@
-"""Weights as an MXFP4 export of them would hold them, without the export.
+"""Weights as an MXFP4 export of them would hold them, and others to compare with, without files.
 
 So the cost of rounding is known before anything is written, and every rank rounds its own experts.
 """
@@ -10,23 +10,30 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from cpt.config.precision_sections import ExponentRule
+from cpt.export.expert_rounding import FiniteCheck
 from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import is_expert_matrix
 from cpt.model.weights.source import WeightSource
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of every tensor by name."""
 
 
 class RoundedWeights:
     """A source whose expert matrices are rounded to MXFP4 and decoded again."""
 
-    def __init__(self, source: WeightSource, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, source: WeightSource, shapes: Shapes, rule: ExponentRule = "floor") -> None:
         """Take the weights to round.
 
         Args:
             source: Weights in bf16, the dtype that an export rounds from.
             shapes: Shape of every tensor.
+            rule: How the exponent of a block is chosen.
         """
         self._source = source
         self._shapes = shapes
+        self._rule = rule
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         """See `cpt.model.weights.source.WeightSource`; ranges of expert matrices hold experts."""
@@ -39,5 +46,57 @@ class RoundedWeights:
         for low in range(start, stop, expert_numel):
             pieces = self._source.pieces(name, low, low + expert_numel)
             exact = torch.cat([values for _, values in pieces]).view(1, *shape[1:])
-            blocks, scales = mxfp4.encode(exact)
-            yield low, mxfp4.decode(blocks, scales).flatten()
+            yield low, mxfp4.rounded(exact, self._rule).flatten()
+
+
+class WithExpertsOf:
+    """A source whose expert matrices come from another one.
+
+    Biases of experts, the router and all else stay: only the matrices can be lost in rounding.
+    """
+
+    def __init__(self, source: WeightSource, experts: WeightSource, shapes: Shapes) -> None:
+        """Take both models.
+
+        Args:
+            source: Weights in bf16.
+            experts: Those of another model, of which only the expert matrices are read.
+            shapes: Shape of every tensor of either.
+        """
+        self._source = source
+        self._experts = experts
+        self._shapes = shapes
+
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """See `cpt.model.weights.source.WeightSource`."""
+        if not is_expert_matrix(name, self._shapes[name]):
+            yield from self._source.pieces(name, start, stop)
+            return
+        for position, values in self._experts.pieces(name, start, stop):
+            yield position, values.to(torch.bfloat16)
+
+
+class FiniteWeights:
+    """A source that refuses values that are not finite when they are read."""
+
+    def __init__(self, source: WeightSource, checkpoint: str) -> None:
+        """Take the weights.
+
+        Args:
+            source: Weights in bf16.
+            checkpoint: Name of their checkpoint, for the message.
+        """
+        self._source = source
+        self._checkpoint = checkpoint
+
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield values; see `cpt.model.weights.source.WeightSource`.
+
+        Raises:
+            CheckpointError: the values of this range are not all finite; it names the tensor.
+        """
+        check = FiniteCheck()
+        for position, values in self._source.pieces(name, start, stop):
+            check.look(name, values)
+            yield position, values
+        check.refuse(self._checkpoint)

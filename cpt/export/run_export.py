@@ -1,4 +1,4 @@
-"""`cpt export`: a checkpoint of a run with its model card and, for MXFP4, the cost of rounding.
+"""`cpt export`: a checkpoint of a run with its model card and, for MXFP4, what rounding did to it.
 
 The weight files are those of cpt/export/huggingface.py, or of cpt/export/adapter.py for an adapter
 alone; this file adds what only the run knows.
@@ -7,19 +7,24 @@ alone; this file adds what only the run knows.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from cpt.checkpoint.adapter_state import AdapterState
 from cpt.checkpoint.lineage import LINEAGE_FILE, lineage_with
 from cpt.checkpoint.manifest import Manifest, read_manifest
 from cpt.checkpoint.model_weights import adapter_of
+from cpt.config.precision_sections import ExponentRule
 from cpt.errors import ConfigError
 from cpt.export.adapter import BASE_FILE, export_adapter, is_over_mxfp4, serving_section
-from cpt.export.huggingface import REPORT_FILE, export_checkpoint
+from cpt.export.exponent_choice import ExponentChoice, choose_exponent
+from cpt.export.huggingface import export_checkpoint
 from cpt.export.logged_facts import read_logged_facts
 from cpt.export.model_card import markdown_table, model_card
-from cpt.export.quantization_error import report_rows
+from cpt.export.mxfp4_cost import COST_FILE, COST_HEADER, cost_rows
+from cpt.export.mxfp4_report import REPORT_FILE, card_sections, report_text, with_held_out
 from cpt.export.vllm_constants import vllm_differences
 from cpt.offline.rank_options import RankOptions
 from cpt.resilience.environment import is_launched, rank_of_environment, read_environment
@@ -27,9 +32,8 @@ from data_pipeline.escaping import escaped_text
 from data_pipeline.store.files import write_json
 from data_pipeline.tables import table
 
-COST_FILE = "mxfp4_cost.json"
-"""Bits per byte of held-out text before and after rounding to MXFP4."""
-COST_HEADER = ("domain", "bf16", "MXFP4", "change in % (95 % interval)")
+if TYPE_CHECKING:  # they import DeepSpeed, which nothing else here needs
+    from cpt.export.mxfp4_scoring import HeldOut, ScoringRequest
 
 UNROUNDED = (
     "The adapter of this model alone (`cpt export --format peft`), loaded over the MXFP4 weights "
@@ -43,6 +47,7 @@ UNROUNDED_BASE = (
 """The same of a base that was not."""
 
 Score = Literal["auto", "always", "never"]
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +59,30 @@ class ExportForm:
     adapter_dtype: str = "bf16"
     """Dtype of an adapter alone: `bf16` or `fp32`."""
     base: Path | None = None
-    """Directory of the model below an adapter; None for where it was in training."""
+    """The model below an adapter, or to compare an MXFP4 export with; None for what the run started
+    from.
+    """
+    exponent: ExponentRule | None = None
+    """The exponent rule of MXFP4; None for that of training, or the default."""
+    accepts_rule_change: bool = False
+    """Whether the rule may be another one than that of training."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Export:
+    """One export of a run, with all that is known before the weights are read."""
+
+    run_dir: Path
+    folder: Path
+    manifest: Manifest
+    out: Path
+    form: ExportForm
+    choice: ExponentChoice = field(default_factory=ExponentChoice)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the experts are rounded."""
+        return self.form.format_name == "mxfp4"
 
 
 def export_run(
@@ -79,27 +107,85 @@ def export_run(
         options: How the ranks work together.
 
     Raises:
-        ConfigError: see `export_checkpoint` and `export_adapter`; or `score` is `always` and there
-            is no held-out text, or it is `auto` on several ranks.
+        ConfigError: see `export_checkpoint`, `export_adapter` and `choose_exponent`; or `score` is
+            `always` and there is no held-out text, or it is `auto` on several ranks.
+        CheckpointError: see `export_checkpoint`.
         RequeueRequested: a stop was asked for; what is scored stays for the next start.
     """
-    rounds = form.format_name == "mxfp4"
-    if rounds and score == "auto" and is_launched():
+    if form.format_name == "mxfp4" and score == "auto" and is_launched():
         _refuse_ranks_that_decide_alone()
-    manifest = read_manifest(folder)
+    export = _begin(run_dir, folder, out, form)
+    if export.rounds and score != "never":
+        from cpt.export.mxfp4_scoring import write_scored
 
-    def write(costs: list[dict[str, Any]]) -> None:
-        _export(run_dir, folder, manifest, out, form, costs)
-
-    if rounds and score != "never":
-        # it imports DeepSpeed, which nothing else here needs
-        from cpt.export.mxfp4_cost import write_scored
-
-        if write_scored(folder, manifest, out, score, options or RankOptions(), write, form.base):
+        request = _request(export, score, options)
+        if write_scored(request, lambda held_out: _export(export, held_out)):
             return out
     if rank_of_environment() == 0:
-        write([])
+        _export(export)
     return out
+
+
+def export_with_rules(
+    run_dir: Path, folder: Path, out: Path, form: ExportForm, options: RankOptions | None = None
+) -> str:
+    """Compare all exponent rules and, if the form names one, export with it.
+
+    All ranks of a launcher call it together. Without a rule the scores stay beside `out`, for an
+    export that follows.
+
+    Args:
+        run_dir: The run directory.
+        folder: The checkpoint.
+        out: The directory of the export.
+        form: What is written; its format is `mxfp4`.
+        options: How the ranks work together.
+
+    Returns:
+        The comparison, as a table for people.
+
+    Raises:
+        ConfigError: see `export_run`; or there is no held-out text.
+        CheckpointError: see `export_checkpoint`.
+        RequeueRequested: a stop was asked for; what is scored stays for the next start.
+    """
+    from cpt.export.rule_table import RULES_FILE, rules_text, score_rules
+
+    export = _begin(run_dir, folder, out, form)
+
+    def write(held_out: HeldOut, rules: Json) -> None:
+        _export(export, held_out, {RULES_FILE: rules})
+
+    request = _request(export, "always", options)
+    return rules_text(score_rules(request, write if form.exponent is not None else None))
+
+
+def _begin(run_dir: Path, folder: Path, out: Path, form: ExportForm) -> _Export:
+    manifest = read_manifest(folder)
+    choice = ExponentChoice()
+    if form.format_name == "mxfp4":
+        choice = choose_exponent(
+            manifest, form.exponent, is_change_accepted=form.accepts_rule_change
+        )
+    return _Export(
+        run_dir=run_dir, folder=folder, manifest=manifest, out=out, form=form, choice=choice
+    )
+
+
+def _request(
+    export: _Export, score: Literal["auto", "always"], options: RankOptions | None
+) -> ScoringRequest:
+    from cpt.export.mxfp4_scoring import ScoringRequest
+
+    return ScoringRequest(
+        folder=export.folder,
+        manifest=export.manifest,
+        out=export.out,
+        score=score,
+        choice=export.choice,
+        base=export.form.base,
+        options=options or RankOptions(),
+    )
 
 
 def _refuse_ranks_that_decide_alone() -> None:
@@ -117,51 +203,68 @@ def _refuse_ranks_that_decide_alone() -> None:
 
 
 def _export(
-    run_dir: Path,
-    folder: Path,
-    manifest: Manifest,
-    out: Path,
-    form: ExportForm,
-    costs: list[dict[str, Any]],
+    export: _Export, held_out: HeldOut | None = None, files: dict[str, Json] | None = None
 ) -> None:
-    """Write weights, costs and model card.
+    """Write weights, what rounding did to them, and the model card.
 
     All that the card is made of is read and put into words before the weights, which may take
     hours: what is wrong with it must not cost them.
+
+    Args:
+        export: What is exported.
+        held_out: What held-out text says of it; None if it was not scored.
+        files: Further JSON files, by name.
     """
-    format_name = form.format_name
-    facts = read_logged_facts(run_dir / "metrics.jsonl", manifest.step)
-    model_card(manifest, facts, format_name)
-    adapter = adapter_of(folder, manifest)
+    form = export.form
+    manifest = export.manifest
+    facts = read_logged_facts(export.run_dir / "metrics.jsonl", manifest.step)
+    model_card(manifest, facts, form.format_name)
+    adapter = adapter_of(export.folder, manifest)
+    name = export.run_dir.resolve().name
+    models = lineage_with(manifest, name, is_rounded=export.rounds)
 
     def complete(temporary: Path) -> None:
-        sections = []
-        if adapter is not None and format_name == "peft":
-            sections.append(serving_section(manifest, adapter))
-        else:
-            sections += _vllm_sentences(temporary)
-        if format_name == "mxfp4":
-            sections.append(_error_section(_read_json(temporary / REPORT_FILE)))
-            if adapter is not None:
-                over_mxfp4 = is_over_mxfp4(adapter, form.base)
-                sections.append(UNROUNDED if over_mxfp4 else UNROUNDED_BASE)
-        if costs:
-            write_json(temporary / COST_FILE, {"domains": costs}, indent=2, sort_keys=True)
-            sections.append(_cost_section(costs))
-        name = run_dir.resolve().name
-        models = lineage_with(manifest, name, is_rounded=format_name == "mxfp4")
+        sections = _sections(export, adapter, temporary, held_out)
         write_json(temporary / LINEAGE_FILE, {"models": models}, indent=2, sort_keys=True)
-        card = escaped_text(model_card(manifest, facts, format_name, sections))
+        for file, content in (files or {}).items():
+            write_json(temporary / file, content, indent=2, sort_keys=True)
+        card = escaped_text(model_card(manifest, facts, form.format_name, sections))
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
-    if format_name == "peft":
-        export_adapter(folder, out, form.adapter_dtype, complete)
-    else:
-        export_checkpoint(folder, out, format_name, complete, form.base)
+    if form.format_name == "peft":
+        export_adapter(export.folder, export.out, form.adapter_dtype, complete)
+        return
+    choice = export.choice if export.rounds else None
+    export_checkpoint(export.folder, export.out, form.format_name, complete, form.base, choice)
+
+
+def _sections(
+    export: _Export, adapter: AdapterState | None, temporary: Path, held_out: HeldOut | None
+) -> list[str]:
+    """Return the sections of the card that depend on what was written; complete the report."""
+    if adapter is not None and export.form.format_name == "peft":
+        return [serving_section(export.manifest, adapter)]
+    sections = _vllm_sentences(temporary)
+    if not export.rounds:
+        return sections
+    report = _read_json(temporary / REPORT_FILE)
+    costs: Sequence[Json] = []
+    if held_out is not None:
+        costs = held_out.costs
+        report = with_held_out(report, held_out.survived)
+        write_json(temporary / REPORT_FILE, report, indent=2, sort_keys=True)
+    sections += card_sections(report)
+    if adapter is not None:
+        over_mxfp4 = is_over_mxfp4(adapter, export.form.base)
+        sections.append(UNROUNDED if over_mxfp4 else UNROUNDED_BASE)
+    if costs:
+        write_json(temporary / COST_FILE, {"domains": costs}, indent=2, sort_keys=True)
+        sections.append(_cost_section(costs))
+    return sections
 
 
 def describe_export(out: Path) -> str:
-    """Return what to know of an export: what vLLM would not read, and the cost of MXFP4."""
+    """Return what to know of an export: what vLLM would not read, and what MXFP4 did to it."""
     text = ""
     if (out / BASE_FILE).is_file():
         for note in _read_json(out / BASE_FILE)["vllm"]:
@@ -169,42 +272,25 @@ def describe_export(out: Path) -> str:
         return text
     for sentence in _vllm_sentences(out):
         text += f"{sentence}\n"
-    if (out / REPORT_FILE).is_file():
-        rows = report_rows(_read_json(out / REPORT_FILE))
-        text += table(("tensor", "relative l2 error, %", "largest error"), rows) + "\n\n"
     if (out / COST_FILE).is_file():
         costs = _read_json(out / COST_FILE)["domains"]
         text += "bits per byte\n" + table(COST_HEADER, cost_rows(costs)) + "\n\n"
+    if (out / REPORT_FILE).is_file():
+        text += report_text(_read_json(out / REPORT_FILE))
     return text
 
 
-def cost_rows(costs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Return the costs as table rows, one per domain."""
-    rows: list[tuple[str, ...]] = []
-    for cost in costs:
-        interval = f"{cost['ci_low']:+.3f} to {cost['ci_high']:+.3f}"
-        rows.append(
-            (
-                cost["domain"],
-                f"{cost['bits_per_byte_bf16']:.4f}",
-                f"{cost['bits_per_byte_mxfp4']:.4f}",
-                f"{cost['delta_percent']:+.3f} ({interval})",
-            )
-        )
-    return rows
+def warnings_of(out: Path) -> list[str]:
+    """Return what a person should do something about before an export is served."""
+    if not (out / REPORT_FILE).is_file():
+        return []
+    warnings: list[str] = _read_json(out / REPORT_FILE)["warnings"]
+    return warnings
 
 
-def _cost_section(costs: list[dict[str, Any]]) -> str:
+def _cost_section(costs: Sequence[Json]) -> str:
     rows = markdown_table(COST_HEADER, cost_rows(costs))
     return f"## Cost of MXFP4, bits per byte of held-out text\n\n{rows}"
-
-
-def _error_section(report: dict[str, Any]) -> str:
-    error = report["all_expert_matrices"]["relative_l2_error"]
-    return (
-        f"Rounding the expert matrices to MXFP4 has a relative l2 error of {100 * error:.3f} %; "
-        f"`{REPORT_FILE}` has the error of every tensor."
-    )
 
 
 def _vllm_sentences(out: Path) -> list[str]:

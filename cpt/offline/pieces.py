@@ -354,13 +354,16 @@ def next_spans(missing: Sequence[int], world_size: int, save_every: int) -> list
 
 
 @contextmanager
-def kept_pieces(out: Path, identity: Mapping[str, Any], ranks: OfflineRanks) -> Iterator[Pieces]:
+def kept_pieces(
+    out: Path, identity: Mapping[str, Any], ranks: OfflineRanks, *, keep: bool = False
+) -> Iterator[Pieces]:
     """Hold the pieces of a result; the folder goes once the block has ended without an error.
 
     Args:
         out: The result: a file or a folder.
         identity: What the pieces are computed from, as JSON values.
         ranks: The ranks that compute them.
+        keep: Whether the folder stays, because another command makes the result of it.
 
     Raises:
         ConfigError: the folder holds pieces of something else, or another job works there.
@@ -383,7 +386,7 @@ def kept_pieces(out: Path, identity: Mapping[str, Any], ranks: OfflineRanks) -> 
     finally:
         for lock in locks:
             lock.release()
-        if locks and (is_done or not _pieces_in(folder)):
+        if locks and ((is_done and not keep) or not _pieces_in(folder)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -21,10 +21,13 @@ from cpt.checkpoint.manifest import read_manifest, write_manifest
 from cpt.checkpoint.range_index import RangeIndex
 from cpt.checkpoint.reader import step_folder
 from cpt.errors import CheckpointError, ConfigError
-from cpt.export.huggingface import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
+from cpt.export.exponent_choice import ExponentChoice
+from cpt.export.huggingface import QUANTIZATION_CONFIG, export_checkpoint
+from cpt.export.mxfp4_report import REPORT_FILE
 from cpt.model.weights import mxfp4
 from cpt.model.weights import writer as tensor_writer
 from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
+from cpt.model.weights.mxfp4 import EXPONENT_RULES
 from cpt.offline.plain_model import load_checkpoint
 from data_pipeline.text.tokenizer import encode
 from tests.dist.cases import NEW_TOKENS, PROMPTS, model_config, reference_model, rows_of_step
@@ -180,10 +183,23 @@ def test_training_engine_continues_texts_as_plain_transformers_does(
         assert tokens == expected[0, len(prompt) :].tolist()
 
 
+def test_mxfp4_in_and_out_keeps_every_byte_beside_the_release(folder: Path) -> None:
+    """Released layout -> ZeRO-3 and expert parallel -> checkpoint -> released layout, no step."""
+    before = load_file(folder / "mxfp4" / SINGLE_FILE)
+    step = step_folder(folder / "untouched", 0)
+    for rule in EXPONENT_RULES:
+        choice = ExponentChoice(rule=rule)
+        out = folder / f"again-{rule}"
+        export_checkpoint(step, out, "mxfp4", base=folder / "mxfp4", choice=choice)
+        after = load_file(out / SINGLE_FILE)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_mxfp4_in_and_out_keeps_every_value_and_the_bytes_of_blocks_that_use_their_range(
     folder: Path,
 ) -> None:
-    """Released layout -> ZeRO-3 and expert parallel -> checkpoint -> released layout, no step."""
+    """The same without the release."""
     before = load_file(folder / "mxfp4" / SINGLE_FILE)
     out = export_checkpoint(step_folder(folder / "untouched", 0), folder / "again", "mxfp4")
     after = load_file(out / SINGLE_FILE)
@@ -208,6 +224,7 @@ def test_mxfp4_in_and_out_keeps_every_value_and_the_bytes_of_blocks_that_use_the
         different_bytes += int((~used).sum())
     assert min(same_bytes, different_bytes) > 100, "both kinds of block must be there"
     report = json.loads((folder / "again" / REPORT_FILE).read_text())
+    assert report["exponent"] == "floor"
     assert report["all_expert_matrices"] == {
         "relative_l2_error": 0.0,
         "largest_absolute_error": 0.0,

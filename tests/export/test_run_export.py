@@ -41,7 +41,7 @@ def weights(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Stand for the writing of weights by an empty directory; holds those that were completed."""
     written: list[Path] = []
 
-    def write(folder: Path, out: Path, format_name: str, complete: Any, base: Any) -> None:
+    def write(folder: Path, out: Path, format_name: str, complete: Any, *others: Any) -> None:
         out.mkdir()
         written.append(out)
         complete(out)

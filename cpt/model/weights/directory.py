@@ -169,6 +169,10 @@ class DirectoryWeights:
             seen.look(position, values)
             yield position, values
 
+    def holds_codes(self, name: str) -> bool:
+        """Return whether an expert matrix is stored as MXFP4 codes."""
+        return name not in self._files
+
     def codes(self, name: str, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the MXFP4 codes of an expert: blocks (R, b, 16) and scales (R, b).
 

@@ -1,0 +1,156 @@
+"""The model that an MXFP4 export is compared with: the one that its run started from.
+
+    --base, or the base of an adapter, or model.path of the run -> BaseChoice -> ExportBase
+
+An export never fails for want of a base that nobody named: then the report says what it lacks, and
+why. Shape letters: C inputs (columns), R output rows, b blocks of a row (C / 32).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GptOssConfig
+
+from cpt.checkpoint.adapter_state import AdapterBase
+from cpt.checkpoint.manifest import Manifest
+from cpt.checkpoint.model_config import model_config_of
+from cpt.checkpoint.model_weights import adapter_of
+from cpt.checkpoint.run_state import RunState
+from cpt.errors import CheckpointError, ConfigError
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights import mxfp4
+from cpt.model.weights.directory import DirectoryWeights
+
+CURE = "Give its directory, or that of another model to compare with, by --base."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseChoice:
+    """The model to compare an export with, or why there is none."""
+
+    path: Path | None = None
+    """A Hugging Face directory or a checkpoint; None if there is none."""
+    absent: str = ""
+    """Why there is none, and what to do, without a path of this machine; empty if there is one."""
+
+
+def choose_base(folder: Path, manifest: Manifest, given: Path | None) -> BaseChoice:
+    """Return the model to compare the export of a checkpoint with.
+
+    Args:
+        folder: The checkpoint.
+        manifest: Its manifest.
+        given: What the user has named (`--base`); None for what the run started from.
+
+    Raises:
+        ConfigError: the model that the user has named cannot be read, or is another architecture.
+        CheckpointError: it is a checkpoint that is damaged.
+    """
+    if given is not None:
+        open_base(given, manifest)
+        return BaseChoice(path=given)
+    path = _start_of_run(folder, manifest)
+    if path is None:
+        return BaseChoice(
+            absent="The checkpoint names no model that its weights came from: they were random, or "
+            f"it is of no run. {CURE}"
+        )
+    if not path.is_dir():
+        return BaseChoice(
+            absent=f"The model that the run started from, {path.name}, is not where it was. {CURE}"
+        )
+    try:
+        open_base(path, manifest)
+    except (ConfigError, CheckpointError):
+        return BaseChoice(
+            absent=f"The model that the run started from, {path.name}, cannot be read any more, or "
+            f"is another one now. {CURE}"
+        )
+    return BaseChoice(path=path)
+
+
+def _start_of_run(folder: Path, manifest: Manifest) -> Path | None:
+    adapter = adapter_of(folder, manifest)
+    if adapter is not None:
+        return None if adapter.base.path is None else Path(adapter.base.path)
+    model = (RunState.of(manifest).config or {}).get("model") or {}
+    return Path(model["path"]) if model.get("path") else None
+
+
+def open_base(path: Path, manifest: Manifest) -> ExportBase:
+    """Open a model to compare the export of a checkpoint with.
+
+    Raises:
+        ConfigError: it cannot be read, or has other tensors than the checkpoint's model.
+        CheckpointError: it is a checkpoint that is damaged.
+    """
+    return ExportBase(path, model_config_of(manifest))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseExpert:
+    """One expert of the base."""
+
+    values_1CR: torch.Tensor
+    """Its values in bf16."""
+    codes: tuple[torch.Tensor, torch.Tensor] | None
+    """Blocks (1, R, b, 16) and scales (1, R, b) as stored; None if it is no MXFP4."""
+
+
+class ExportBase:
+    """The weights that training began with, read expert by expert."""
+
+    def __init__(self, path: Path, config: GptOssConfig) -> None:
+        """Open the files; only their headers and samples for a hash are read.
+
+        Args:
+            path: A Hugging Face directory or a checkpoint.
+            config: The model of the export, whose tensors the base must have.
+
+        Raises:
+            ConfigError: it cannot be read, or has other tensors.
+            CheckpointError: it is a checkpoint that is damaged.
+        """
+        known = AdapterBase.of(path, 0, config, option="--base")
+        self.name = known.name
+        """Its name for people, without the place where it lies."""
+        self.hash = known.told
+        """A hash of it, wherever it lies."""
+        self.shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(config)
+        """Shape of every tensor."""
+        self.source = known.open(config)
+        """Its weights."""
+
+    def is_mxfp4(self, name: str) -> bool:
+        """Return whether an expert matrix is stored as MXFP4 codes."""
+        return isinstance(self.source, DirectoryWeights) and self.source.holds_codes(name)
+
+    def expert(self, name: str, index: int) -> BaseExpert:
+        """Read one expert of a matrix.
+
+        Raises:
+            StorageError: the file could not be read.
+        """
+        if isinstance(self.source, DirectoryWeights) and self.source.holds_codes(name):
+            blocks_Rb16, scales_Rb = self.source.codes(name, index)
+            codes = (blocks_Rb16[None], scales_Rb[None])
+            return BaseExpert(values_1CR=mxfp4.decode(*codes), codes=codes)
+        _, inputs, rows = self.shapes[name]
+        numel = math.prod((inputs, rows))
+        pieces = self.source.pieces(name, index * numel, (index + 1) * numel)
+        flat = torch.cat([values.to(torch.bfloat16) for _, values in pieces])
+        return BaseExpert(values_1CR=flat.view(1, inputs, rows), codes=None)
+
+    def refuse_unusable(self) -> None:
+        """Refuse a base whose values, as far as they were read, cannot be weights.
+
+        Raises:
+            ConfigError: values are not finite, or tensors hold only zeros.
+        """
+        if isinstance(self.source, DirectoryWeights):
+            self.source.refuse_unusable([self.source.seen_json()])

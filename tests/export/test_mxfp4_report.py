@@ -1,0 +1,275 @@
+"""An MXFP4 export has the bytes of the release where nothing was trained, and says what it kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cpt.checkpoint.manifest import read_manifest
+from cpt.config.precision_sections import ExponentRule
+from cpt.errors import CheckpointError, ConfigError
+from cpt.export import huggingface
+from cpt.export.expert_rounding import ExpertRounder
+from cpt.export.exponent_choice import ExponentChoice, choose_exponent
+from cpt.export.export_base import BaseExpert
+from cpt.export.huggingface import export_checkpoint
+from cpt.export.mxfp4_report import (
+    AGAINST_ROUNDED_BASE,
+    BYTES_MAY_DIFFER,
+    OTHER_RULE,
+    REPORT_FILE,
+    TRAINED_VALUES,
+    report_text,
+)
+from cpt.export.rounding_sums import RoundingSums, merged_sums
+from cpt.model.weights import mxfp4
+from cpt.model.weights.hf_layout import BLOCKS, SCALES, SINGLE_FILE, is_expert_matrix
+from cpt.model.weights.mxfp4 import EXPONENT_RULES
+from tests.support.mxfp4_exports import moved, release, save_checkpoint, save_model
+
+DOWN = "model.layers.0.mlp.experts.down_proj"
+UP = "model.layers.0.mlp.experts.gate_up_proj"
+QUANTIZE = {"experts": "mxfp4", "start_step": 2, "exponent": "ceil"}
+
+
+@pytest.fixture(autouse=True)
+def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer takes longer to write than the weights, and is not looked at here."""
+    monkeypatch.setattr(huggingface, "save_tokenizer", lambda *arguments: None)
+
+
+def export(
+    folder: Path, out: Path, rule: ExponentRule | None = None, base: Path | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Export a checkpoint and return its tensors and its report."""
+    choice = None if rule is None else ExponentChoice(rule=rule)
+    export_checkpoint(folder, out, "mxfp4", base=base, choice=choice)
+    return load_file(out / SINGLE_FILE), json.loads((out / REPORT_FILE).read_text())
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """Return whether two directories hold the same bytes."""
+    if found.keys() != expected.keys():
+        return False
+    return all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("made_by", EXPONENT_RULES)
+@pytest.mark.parametrize("rule", EXPONENT_RULES)
+def test_an_untouched_release_comes_out_byte_for_byte(
+    tmp_path: Path, made_by: ExponentRule, rule: ExponentRule
+) -> None:
+    stored, values = release(made_by)
+    step = save_checkpoint(tmp_path / "run", values, save_model(tmp_path / "base", stored))
+    found, report = export(step, tmp_path / "out", rule)
+    assert same(found, stored)
+    assert report["exponent"] == rule and report["base"] == {"name": "base", "format": "mxfp4"}
+    figures = report["all_expert_matrices"]
+    assert figures["relative_l2_error"] == figures["changed_codes"] == figures["movement"] == 0
+    assert figures["kept"] is None and figures["noise"] is None and report["warnings"] == []
+
+
+def test_without_the_base_the_values_are_the_same_and_bytes_may_differ(tmp_path: Path) -> None:
+    stored, values = release("ceil")
+    step = save_checkpoint(tmp_path / "run", values, tmp_path / "gone" / "gpt-oss-20b")
+    found, report = export(step, tmp_path / "out")
+    assert not same(found, stored)
+    blocks = found[DOWN + BLOCKS]
+    decoded = mxfp4.decode(blocks, found[DOWN + SCALES])
+    assert torch.equal(decoded.view(torch.int16), values[DOWN].view(torch.int16))
+    assert "kept" not in report["all_expert_matrices"] and "base" not in report
+    (why, bytes_differ) = report["notes"]
+    assert "gpt-oss-20b, is not where it was" in why and "--base" in why
+    assert str(tmp_path) not in why, "no path of the training machine"
+    assert bytes_differ == BYTES_MAY_DIFFER
+    again, told = export(step, tmp_path / "again", base=save_model(tmp_path / "base", stored))
+    assert same(again, stored) and told["base"]["name"] == "base"
+
+
+@pytest.mark.parametrize("rule", EXPONENT_RULES)
+def test_the_base_never_changes_a_value(rule: ExponentRule) -> None:
+    """A trained 0 that was -0 in the release keeps its own sign; equal as numbers is not enough."""
+    stored, values = release("floor")
+    trained = values[DOWN][:1].clone()
+    trained[trained == 0] = 0.0
+    trained[:, :, 1::2] *= 1.01
+    base = BaseExpert(
+        values_1CR=values[DOWN][:1], codes=(stored[DOWN + BLOCKS][:1], stored[DOWN + SCALES][:1])
+    )
+    alone = mxfp4.decode(*ExpertRounder(rule).round(DOWN, trained, None))
+    beside = mxfp4.decode(*ExpertRounder(rule).round(DOWN, trained, base))
+    assert torch.equal(alone.view(torch.int16), beside.view(torch.int16))
+
+
+@pytest.mark.parametrize("rule", EXPONENT_RULES)
+def test_an_export_of_an_export_has_the_same_bytes(tmp_path: Path, rule: ExponentRule) -> None:
+    stored, values = release("ceil")
+    base = save_model(tmp_path / "base", stored)
+    step = save_checkpoint(tmp_path / "run", moved(values, 0.05), base)
+    first, _ = export(step, tmp_path / "first", rule)
+    loaded = {}
+    for name, value in values.items():
+        loaded[name] = first.get(name, value)
+        if is_expert_matrix(name, value.shape):
+            loaded[name] = mxfp4.decode(first[name + BLOCKS], first[name + SCALES])
+    for number, start in enumerate((base, tmp_path / "first")):
+        again = save_checkpoint(tmp_path / f"again-{number}", loaded, start)
+        second, _ = export(again, tmp_path / f"second-{number}", rule)
+        assert same(second, first)
+
+
+def naive(trained: torch.Tensor, base: torch.Tensor, rule: ExponentRule) -> dict[str, float]:
+    """Return the figures of a tensor, computed in float64 as they are defined."""
+    exact = trained.bfloat16()
+    q = mxfp4.decode(*mxfp4.encode(exact, rule), torch.float64)
+    w = base.double()
+    step = exact.double() - w
+    return {
+        "relative_l2_error": float((q - exact.double()).norm() / exact.double().norm()),
+        "largest_absolute_error": float((q - exact.double()).abs().max()),
+        "changed_codes": float((q != w).double().mean()),
+        "movement": float(step.norm() / w.norm()),
+        "kept": float(((q - w) * step).sum() / step.square().sum()),
+        "noise": float((q - w - step).norm() / step.norm()),
+    }
+
+
+@pytest.mark.parametrize("rule", EXPONENT_RULES)
+@pytest.mark.parametrize("size", [0.01, 0.1])
+def test_figures_are_those_of_a_naive_computation_in_float64(
+    tmp_path: Path, rule: ExponentRule, size: float
+) -> None:
+    stored, values = release("ceil")
+    trained = moved(values, size)
+    step = save_checkpoint(tmp_path / "run", trained, save_model(tmp_path / "base", stored))
+    _, report = export(step, tmp_path / "out", rule)
+    assert sorted(report["tensors"]) == [DOWN, UP]
+    for name, figures in report["tensors"].items():
+        # differences of bf16 values are exact in fp32, and sums are taken in float64
+        assert figures == pytest.approx(naive(trained[name], values[name], rule), rel=1e-6), name
+
+
+def test_a_base_in_bf16_is_compared_with_its_own_rounding(tmp_path: Path) -> None:
+    _, values = release("ceil")
+    plain = {name: value + 0.01 for name, value in values.items()}
+    base = save_model(tmp_path / "base", {name: value.bfloat16() for name, value in plain.items()})
+    step = save_checkpoint(tmp_path / "run", plain, base)
+    _, report = export(step, tmp_path / "out", "ceil")
+    assert report["base"]["format"] == "other" and AGAINST_ROUNDED_BASE in report["notes"]
+    figures = report["all_expert_matrices"]
+    assert figures["changed_codes"] == 0 and figures["movement"] == 0
+    assert figures["relative_l2_error"] > 0.01
+    further = save_checkpoint(tmp_path / "further", moved(plain, 0.3), base)
+    _, report = export(further, tmp_path / "out-2", "ceil")
+    assert 0.2 < report["all_expert_matrices"]["changed_codes"] < 1
+
+
+def test_a_checkpoint_of_another_run_is_a_base(tmp_path: Path) -> None:
+    _, values = release("ceil")
+    first = save_checkpoint(tmp_path / "first", values, None)
+    second = save_checkpoint(tmp_path / "second", moved(values, 0.2), first)
+    _, report = export(second, tmp_path / "out")
+    assert report["base"]["name"] == "first (step-00000004)"
+    assert report["all_expert_matrices"]["movement"] == pytest.approx(0.2, rel=0.1)
+
+
+def test_a_run_from_random_weights_says_that_there_is_no_base(tmp_path: Path) -> None:
+    _, values = release("ceil")
+    _, report = export(save_checkpoint(tmp_path / "run", values, None), tmp_path / "out")
+    assert "names no model that its weights came from" in report["notes"][0]
+    assert "relative l2 error" in report_text(report) and "kept  noise" not in report_text(report)
+
+
+def test_a_base_of_another_architecture_is_refused_if_it_was_named_and_else_told(
+    tmp_path: Path,
+) -> None:
+    _, values = release("ceil")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    step = save_checkpoint(tmp_path / "run", values, tmp_path / "other")
+    _, report = export(step, tmp_path / "out")
+    assert "other, cannot be read any more, or is another one now" in report["notes"][0]
+    with pytest.raises(ConfigError, match=r"other: neither .* is there"):
+        export(step, tmp_path / "out-2", base=tmp_path / "other")
+    assert not (tmp_path / "out-2").exists()
+
+
+def test_little_that_is_kept_warns_with_the_cures(tmp_path: Path) -> None:
+    stored, values = release("ceil")
+    base = save_model(tmp_path / "base", stored)
+    step = save_checkpoint(tmp_path / "run", moved(values, 0.01), base)
+    _, report = export(step, tmp_path / "least", "least")
+    assert report["all_expert_matrices"]["kept"] < 0.2
+    (warning,) = report["warnings"]
+    for cure in ("--score_rules", "train.quantize", "adapter"):
+        assert cure in warning
+    _, report = export(step, tmp_path / "ceil", "ceil")
+    assert report["all_expert_matrices"]["kept"] > 0.5 and report["warnings"] == []
+
+
+def test_values_that_are_not_finite_are_refused_with_tensors_and_counts(tmp_path: Path) -> None:
+    _, values = release("ceil")
+    broken = {name: value.float() for name, value in values.items()}
+    broken[DOWN].view(-1)[5:8] = float("nan")
+    broken[DOWN].view(-1)[9] = -float("inf")
+    broken["model.norm.weight"][0] = 3.4e38  # finite in fp32, infinite in bf16
+    step = save_checkpoint(tmp_path / "run", broken, None)
+    with pytest.raises(CheckpointError) as caught:
+        export(step, tmp_path / "out")
+    assert f"tensor '{DOWN}' holds 3 NaN and 1 infinite" in str(caught.value)
+    assert "tensor 'model.norm.weight' holds 0 NaN and 1 infinite" in str(caught.value)
+    assert "--step" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("asked", [None, "ceil"])
+def test_a_run_that_rounded_in_training_is_exported_by_its_rule_and_says_so(
+    tmp_path: Path, asked: ExponentRule | None
+) -> None:
+    _, values = release("floor")
+    step = save_checkpoint(tmp_path / "run", moved(values, 0.01), None, QUANTIZE)
+    choice = choose_exponent(read_manifest(step), asked)
+    assert choice == ExponentChoice(rule="ceil", trained="ceil", from_step=2)
+    export_checkpoint(step, tmp_path / "out", "mxfp4")  # finds the rule by itself
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert report["quantized_training"] == {"from_step": 2, "rule": "ceil"}
+    assert report["exponent"] == "ceil" and TRAINED_VALUES in report["notes"]
+
+
+def test_another_rule_than_that_of_training_must_be_accepted(tmp_path: Path) -> None:
+    _, values = release("floor")
+    step = save_checkpoint(tmp_path / "run", values, None, QUANTIZE)
+    manifest = read_manifest(step)
+    with pytest.raises(ConfigError, match=r"rule ceil \(train.quantize\) since step 2.*--accept_"):
+        choose_exponent(manifest, "floor")
+    choice = choose_exponent(manifest, "floor", is_change_accepted=True)
+    export_checkpoint(step, tmp_path / "out", "mxfp4", choice=choice)
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert TRAINED_VALUES not in report["notes"]
+    assert OTHER_RULE.format(trained="ceil") in report["notes"]
+
+
+def test_a_plain_run_is_exported_by_floor_unless_asked(tmp_path: Path) -> None:
+    _, values = release("floor")
+    manifest = read_manifest(save_checkpoint(tmp_path / "run", values, None))
+    assert choose_exponent(manifest, None) == ExponentChoice(rule="floor")
+    assert choose_exponent(manifest, "least").rule == "least"
+    assert set(EXPONENT_RULES) == set(get_args(ExponentRule))
+
+
+def test_sums_of_tensors_add_up() -> None:
+    parts = [RoundingSums(), RoundingSums()]
+    whole = RoundingSums()
+    for part in parts:
+        exact = torch.randn(1, 32, 4).bfloat16()
+        pieces = (exact, mxfp4.rounded(exact), exact - 0.1, mxfp4.rounded(exact - 0.1))
+        for sums in (part, whole):
+            sums.add(*pieces[:2])
+            sums.compare(*pieces)
+    assert merged_sums(parts).figures() == pytest.approx(whole.figures(), rel=1e-12)
+    assert RoundingSums(**whole.plain()) == whole
