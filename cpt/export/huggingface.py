@@ -39,7 +39,7 @@ from cpt.model.weights.writer import (
     refuse_existing,
 )
 from cpt.resilience.faults import fault_point
-from data_pipeline.console.progress import ProgressBar, show_progress
+from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import write_json
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
@@ -120,10 +120,9 @@ def export_checkpoint(
         pieces: WeightPieces = stored_pieces(folder, manifest)
         if source is not None:
             pieces = whole_expert_pieces(source, source.shapes)
-        total = sum(math.prod(shape) for shape in shapes.values())
-        with show_progress(total, f"export of {folder.name}", "value", unit_scale=True) as bar:
-            _write_weights(_counted(pieces, bar), shapes, temporary, entries, quantized)
-            fault_point("export", manifest.step)
+        shown = _with_progress(pieces, shapes, f"export of {folder.name}")
+        _write_weights(shown, shapes, temporary, entries, quantized)
+        fault_point("export", manifest.step)
         if source is not None:
             source.refuse_unusable()
         if quantized is not None:
@@ -159,11 +158,13 @@ def _entries(shapes: Shapes, format_name: str) -> dict[str, Entry]:
     return {name: Entry(shape=shape, dtype=dtype) for name, shape in sorted(shapes.items())}
 
 
-def _counted(pieces: WeightPieces, bar: ProgressBar) -> WeightPieces:
-    """Yield pieces and show how many of their values went by."""
-    for name, start, values in pieces:
-        bar.update(values.numel())
-        yield name, start, values
+def _with_progress(pieces: WeightPieces, shapes: Shapes, title: str) -> WeightPieces:
+    """Yield pieces and show how many of all values went by."""
+    total = sum(math.prod(shape) for shape in shapes.values())
+    with show_progress(total, title, "value", unit_scale=True) as bar:
+        for name, start, values in pieces:
+            bar.update(values.numel())
+            yield name, start, values
 
 
 def _write_weights(

@@ -26,7 +26,8 @@ ENOUGH = 0.5
 """A share of what was learned below which a person is warned."""
 NONE = "-"
 """The cell of a figure that is not there."""
-FIGURES_HEADER = ("tensor", "relative l2 error, %", "largest error")
+ERROR_HEADER = "relative l2 error, %"
+FIGURES_HEADER = ("tensor", ERROR_HEADER, "largest error")
 COMPARED_HEADER = ("changed codes, %", "movement, %", "kept", "noise")
 SURVIVED_HEADER = (
     "domain",
@@ -44,6 +45,9 @@ TRAINED_VALUES = (
 OTHER_RULE = (
     "The run rounded its experts by another rule in training ({trained}), so the exported values "
     "are not those that were trained."
+)
+NO_BASE = (
+    "There is no base to compare with, so what is kept and what survived are not told. {absent}"
 )
 BYTES_MAY_DIFFER = (
     "Without the base, a block that does not use its range may have other bytes than there for the "
@@ -84,10 +88,7 @@ def rounding_report(
     elif choice.trained is not None:
         notes.append(OTHER_RULE.format(trained=choice.trained))
     if base is None:
-        notes.append(
-            f"kept, movement and changed codes are not there, because there is no base. {absent}"
-        )
-        notes.append(BYTES_MAY_DIFFER)
+        notes += [NO_BASE.format(absent=absent), BYTES_MAY_DIFFER]
     else:
         in_mxfp4 = all(map(base.is_mxfp4, sums))
         report["base"] = {"name": base.name, "format": "mxfp4" if in_mxfp4 else "other"}

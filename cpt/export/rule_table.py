@@ -18,10 +18,16 @@ import torch
 
 from cpt.config.precision_sections import ExponentRule
 from cpt.export.expert_rounding import ExpertRounder
-from cpt.export.mxfp4_report import NONE, compared_cells, percent, survived_cell
+from cpt.export.mxfp4_report import (
+    COMPARED_HEADER,
+    ERROR_HEADER,
+    NO_BASE,
+    compared_cells,
+    percent,
+    survived_cell,
+)
 from cpt.export.mxfp4_scoring import (
     BF16,
-    WITH_BASE_EXPERTS,
     HeldOut,
     ScoredModels,
     ScoringRequest,
@@ -37,6 +43,9 @@ from data_pipeline.tables import table
 
 RULES_FILE = "mxfp4_rules.json"
 """What each rule makes of the checkpoint, if all were scored."""
+TRAINED_BY = (
+    "The run rounded by the rule {rule} in training, so that is the model that was trained."
+)
 SERIES = "rounding"
 """Name of the sums among the pieces."""
 
@@ -65,7 +74,7 @@ def score_rules(request: ScoringRequest, write: Write | None) -> Json:
         held_out = {}
         for rule in EXPONENT_RULES:
             held_out[rule] = models.held_out(rule, request.choice.trained)
-        rules = _comparison(_sums_by_rule(models), held_out, models)
+        rules = _comparison(_sums_by_rule(models), held_out, models, request.choice.trained)
 
         def publish() -> None:
             fault_point("offline_publish", 0)
@@ -113,8 +122,16 @@ def _comparison(
     sums: dict[ExponentRule, RoundingSums],
     held_out: dict[ExponentRule, HeldOut],
     models: ScoredModels,
+    trained: ExponentRule | None,
 ) -> Json:
-    """Return the content of `RULES_FILE`."""
+    """Return the content of `RULES_FILE`.
+
+    Args:
+        sums: What each rule does to all expert matrices together.
+        held_out: What text says of each rule.
+        models: The models that were scored.
+        trained: The rule by which training rounded; None if it did not.
+    """
     rules: Json = {}
     for rule, total in sums.items():
         rules[rule] = {
@@ -122,54 +139,59 @@ def _comparison(
             "costs": held_out[rule].costs,
             "held_out": held_out[rule].survived,
         }
-    content: Json = {"rules": rules}
+    content: Json = {"rules": rules, "notes": []}
     if models.base is None:
-        content["notes"] = [models.absent]
+        content["notes"].append(NO_BASE.format(absent=models.absent))
     else:
         content["base"] = {"name": models.base.name}
+    if trained is not None:
+        content["notes"].append(TRAINED_BY.format(rule=trained))
     return content
 
 
 def rules_text(content: Json) -> str:
-    """Return the comparison as a table for terminals: a line for each rule."""
-    first = next(iter(content["rules"].values()))
-    domains = [cost["domain"] for cost in first["costs"]]
-    header = ["rule", "relative l2 error, %"]
-    is_compared = bool(first["held_out"])
+    """Return the comparison for terminals: a table with a line by rule, and one by domain."""
+    rules = content["rules"]
+    first = next(iter(rules.values()))
+    is_compared = "kept" in first["all_expert_matrices"]
+    header = ["rule", ERROR_HEADER]
     if is_compared:
-        header += ["changed codes, %", "movement, %", "kept", "noise"]
-    rows = _rows_to_compare_with(first, len(header) - 1)
-    for rule, result in content["rules"].items():
+        header += COMPARED_HEADER
+    rows = []
+    for rule, result in rules.items():
         figures = result["all_expert_matrices"]
         row = [rule, percent(figures["relative_l2_error"])]
         if is_compared:
             row += compared_cells(figures)
-        rows.append(row + _cells_of_domains(result))
-    text = "bits per byte, and what survived of what the experts learned in %\n"
-    text += f"{table([*header, *domains], rows)}\n"
-    for note in content.get("notes", []):
+        rows.append(row)
+    text = f"{table(header, rows)}\n\n{_domain_table(rules)}\n"
+    for note in content["notes"]:
         text += f"{note}\n"
     return text
 
 
-def _rows_to_compare_with(result: Json, num_figures: int) -> list[list[str]]:
-    """Return the lines of the models that are not rounded."""
-    empty = [NONE] * num_figures
-    rows = [[BF16, *empty]]
-    for cost in result["costs"]:
-        rows[0].append(f"{cost['bits_per_byte_bf16']:.4f}")
+def _domain_table(rules: Json) -> str:
+    """Return bits per byte of every domain, with what survived by each rule in percent."""
+    first = next(iter(rules.values()))
+    header = ["domain", BF16]
+    if first["held_out"]:
+        header.append("with the base's experts")
+    rows = []
+    for number, cost in enumerate(first["costs"]):
+        row = [cost["domain"], f"{cost['bits_per_byte_bf16']:.4f}"]
+        if first["held_out"]:
+            row.append(f"{first['held_out'][number]['bits_per_byte_base_experts']:.4f}")
+        for result in rules.values():
+            row.append(_cell(result, number))
+        rows.append(row)
+    title = "bits per byte"
+    if first["held_out"]:
+        title += ", and what survived of what the experts learned, % (95 % interval)"
+    return f"{title}\n{table([*header, *rules], rows)}"
+
+
+def _cell(result: Json, number: int) -> str:
+    cell = f"{result['costs'][number]['bits_per_byte_mxfp4']:.4f}"
     if result["held_out"]:
-        rows.append([WITH_BASE_EXPERTS, *empty])
-        for one in result["held_out"]:
-            rows[1].append(f"{one['bits_per_byte_base_experts']:.4f}")
-    return rows
-
-
-def _cells_of_domains(result: Json) -> list[str]:
-    cells = []
-    for number, cost in enumerate(result["costs"]):
-        cell = f"{cost['bits_per_byte_mxfp4']:.4f}"
-        if result["held_out"]:
-            cell += f", {survived_cell(result['held_out'][number]['survived'])}"
-        cells.append(cell)
-    return cells
+        cell += f"  {survived_cell(result['held_out'][number]['survived'])}"
+    return cell

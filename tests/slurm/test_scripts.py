@@ -291,6 +291,8 @@ def test_offline_job_is_done_when_its_result_is_there_and_its_pieces_are_gone(
         ("export --run_dir r --format mxfp4 --score auto", 78),
         ("export --run_dir r --format bf16 --score always", 78),
         ("export --run_dir r --format mxfp4 --score always", 0),
+        ("export --run_dir r --format mxfp4 --score_rules", 0),
+        ("export --run_dir r --score_rules", 78),
         ("export --score=always --format=mxfp4 --run_dir r", 0),
     ],
 )
