@@ -25,6 +25,7 @@ from cpt.errors import CheckpointError, ConfigError
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights import mxfp4
 from cpt.model.weights.directory import DirectoryWeights
+from data_pipeline.escaping import escaped_line
 
 CURE = "Give its directory, or that of another model to compare with, by --base."
 
@@ -60,16 +61,14 @@ def choose_base(folder: Path, manifest: Manifest, given: Path | None) -> BaseCho
             absent="The checkpoint names no model that its weights came from: they were random, or "
             f"it is of no run. {CURE}"
         )
+    told = f"The model that the run started from, {escaped_line(path.name, 200)},"
     if not path.is_dir():
-        return BaseChoice(
-            absent=f"The model that the run started from, {path.name}, is not where it was. {CURE}"
-        )
+        return BaseChoice(absent=f"{told} is not where it was. {CURE}")
     try:
         open_base(path, manifest)
     except (ConfigError, CheckpointError):
         return BaseChoice(
-            absent=f"The model that the run started from, {path.name}, cannot be read any more, or "
-            f"is another one now. {CURE}"
+            absent=f"{told} cannot be read any more, or has another architecture now. {CURE}"
         )
     return BaseChoice(path=path)
 
@@ -78,8 +77,9 @@ def _start_of_run(folder: Path, manifest: Manifest) -> Path | None:
     adapter = adapter_of(folder, manifest)
     if adapter is not None:
         return None if adapter.base.path is None else Path(adapter.base.path)
-    model = (RunState.of(manifest).config or {}).get("model") or {}
-    return Path(model["path"]) if model.get("path") else None
+    model = (RunState.of(manifest).config or {}).get("model")
+    path = model.get("path") if isinstance(model, dict) else None
+    return Path(path) if isinstance(path, str) else None
 
 
 def open_base(path: Path, manifest: Manifest) -> ExportBase:

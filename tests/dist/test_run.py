@@ -295,10 +295,12 @@ def test_model_card_says_what_was_trained_on_what_and_nothing_about_the_machine(
 
 
 @pytest.mark.slow
-def test_ranks_of_the_launcher_find_the_cost_of_mxfp4_that_one_process_finds(
+def test_ranks_of_the_launcher_compare_the_rules_of_mxfp4_as_one_process_does(
     whole: Path, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["export", "--run_dir", str(whole), "--format", "mxfp4", "--score", "always"]
+    base = export_checkpoint(step_folder(whole, STEPS), tmp_path / "base", "mxfp4")
+    arguments = ["export", "--run_dir", str(whole), "--format", "mxfp4", "--base", str(base)]
+    arguments += ["--score_rules", "--exponent", "ceil"]
     command = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
     command += ["--num_gpus", "2", str(ROOT / "cpt" / "cli.py"), *arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -315,9 +317,10 @@ def test_ranks_of_the_launcher_find_the_cost_of_mxfp4_that_one_process_finds(
     assert done.stdout.count(f"-> {tmp_path / 'ranks'}") == 1, "told once"
     monkeypatch.chdir(workplace)
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
-    for name in ("mxfp4_cost.json", "model.safetensors", "README.md"):
+    files = ("mxfp4_cost.json", "mxfp4_report.json", "mxfp4_rules.json")
+    for name in (*files, "model.safetensors", "README.md"):
         assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "ranks"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "one", "ranks"]
 
 
 def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights_and_says_what_it_costs(

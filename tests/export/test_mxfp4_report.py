@@ -193,10 +193,21 @@ def test_a_base_of_another_architecture_is_refused_if_it_was_named_and_else_told
     (tmp_path / "other" / "config.json").write_text("{}")
     step = save_checkpoint(tmp_path / "run", values, tmp_path / "other")
     _, report = export(step, tmp_path / "out")
-    assert "other, cannot be read any more, or is another one now" in report["notes"][0]
+    assert "other, cannot be read any more, or has another architecture" in report["notes"][0]
     with pytest.raises(ConfigError, match=r"other: neither .* is there"):
         export(step, tmp_path / "out-2", base=tmp_path / "other")
     assert not (tmp_path / "out-2").exists()
+
+
+def test_a_base_whose_values_are_not_finite_is_refused(tmp_path: Path) -> None:
+    _, values = release("ceil")
+    broken = {name: value.clone() for name, value in values.items()}
+    broken[DOWN].view(-1)[3] = float("inf")
+    base = save_model(tmp_path / "base", broken)
+    step = save_checkpoint(tmp_path / "run", values, base)
+    with pytest.raises(ConfigError, match=r"base/model\.safetensors: tensor '.*' holds inf"):
+        export(step, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_little_that_is_kept_warns_with_the_cures(tmp_path: Path) -> None:
