@@ -25,6 +25,7 @@ from cpt.export.mxfp4_report import (
     REPORT_FILE,
     TRAINED_VALUES,
     report_text,
+    with_held_out,
 )
 from cpt.export.rounding_sums import RoundingSums, merged_sums
 from cpt.model.weights import mxfp4
@@ -221,6 +222,28 @@ def test_little_that_is_kept_warns_with_the_cures(tmp_path: Path) -> None:
         assert cure in warning
     _, report = export(step, tmp_path / "ceil", "ceil")
     assert report["all_expert_matrices"]["kept"] > 0.5 and report["warnings"] == []
+
+
+def warnings(kept: float, learned_percent: float | None = None, **report: Any) -> int:
+    """Return how many warnings a report gets of which a tenth survived on one domain, if scored."""
+    held_out = []
+    if learned_percent is not None:
+        survived = {"share": 0.1, "ci_low": 0.0, "ci_high": 0.2}
+        held_out = [{"domain": "a", "survived": survived, "learned_percent": learned_percent}]
+    report = {"exponent": "ceil", "all_expert_matrices": {"kept": kept}, **report}
+    return len(with_held_out(report, held_out)["warnings"])
+
+
+def test_text_is_the_judge_where_the_experts_learned_something_and_else_the_values() -> None:
+    assert warnings(0.1) == 1 and warnings(0.9) == 0
+    assert warnings(0.9, learned_percent=1.0) == 1
+    # a harm of which little is left is no loss
+    assert warnings(0.9, learned_percent=-1.0) == 0 and warnings(0.1, learned_percent=-1.0) == 1
+
+
+def test_values_that_were_trained_are_not_warned_of() -> None:
+    assert warnings(0.1, quantized_training={"from_step": 2, "rule": "ceil"}) == 0
+    assert warnings(0.1, quantized_training={"from_step": 2, "rule": "floor"}) == 1
 
 
 def test_values_that_are_not_finite_are_refused_with_tensors_and_counts(tmp_path: Path) -> None:
