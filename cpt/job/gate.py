@@ -88,7 +88,8 @@ from cpt.model.parameters import parameter_numels, parameter_shapes
 from cpt.model.products.layers import products_problems
 from cpt.model.weights.tokenizer_check import tokenizer_problems
 from cpt.planning.fit import Card, PlannedStart, fit_problem, fit_warning
-from cpt.planning.hardware import ANY_GPU
+from cpt.planning.hardware import ANY_GPU, GPUS
+from cpt.planning.low_precision import products_problem
 from cpt.resilience.devices import memory_of_gpu
 from cpt.resilience.environment import LaunchEnvironment
 from cpt.telemetry.trackers import tracker_problems
@@ -319,6 +320,9 @@ class _Gate:
         self.card = self._card()
         if self.card is None:
             return
+        if self.gpu in GPUS:
+            problem = products_problem(self.run_yaml.train.products, GPUS[self.gpu])
+            self.found_by_one.add([] if problem is None else [problem])
         if not self.run_yaml.stages:
             self._check_fit_of(self.run_yaml, self.json_file, self.card, "")
         for number, stage in enumerate(self.run_yaml.stages):

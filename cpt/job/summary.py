@@ -17,6 +17,7 @@ from cpt.model.adapters.layout import adapter_summary
 from cpt.model.freezing import frozen_names
 from cpt.model.parameters import parameter_numels
 from cpt.planning.fit import fitting_gpus
+from cpt.planning.low_precision import products_text, rounding_text
 from cpt.planning.memory import GIB, counts_of, device_memory, memory_tables
 from data_pipeline.build.found_builds import input_bytes
 
@@ -39,6 +40,8 @@ def describe(passed: PassedGate) -> str:
         "ZeRO stage": config.zero_stage,
         "dtype": config.train.dtype,
         "adapter": adapter_summary(config.adapter, model),
+        "rounded after a step": rounding_text(config, counts_of(config, model).expert_matrices),
+        "8-bit products": products_text(config, model),
         "frozen": describe_frozen(config, model),
         "guard compares with": describe_untouched(config),
         "tokens per step": f"{rows_per_step} rows x {seq_len} = {rows_per_step * seq_len} slots",

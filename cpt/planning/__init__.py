@@ -4,6 +4,7 @@ hardware.py      rates of GPUs, links and hosts, and how much of them is counted
 flops.py         floating-point operations of one token
 step_work.py     bytes, FLOPs and launches of a micro step by part, from gpu_counts.json
 part_times.py    work + attainable rates -> seconds by part
+low_precision.py rounding of experts and products in 8 bits: their time and memory
 routing.py       how unevenly a run used its experts
 memory.py        memory of one rank; step_memory.py: the peaks of a step
 traffic.py       bytes on the wire by kind, inside a node and between nodes

@@ -7,7 +7,7 @@
               other half is computed (counted, not measured)
     exposed   ZeRO's traffic and the copies of offloading as far as compute does not hide them:
               a share `1 - overlap` of the longer of the two
-    step      max(compute + exchange + exposed, NVLink, InfiniBand, PCIe) + update
+    step      max(compute + exchange + exposed, NVLink, InfiniBand, PCIe) + update + rounding
 
 DeepSpeed fetches weights ahead of use, but not an expert tensor that is larger than its prefetch
 bucket, so how much of ZeRO's traffic hides behind compute is an assumption.  The halo hides.  The
@@ -24,6 +24,7 @@ from cpt.config import RunConfig
 from cpt.planning.adapter_work import AdapterWork
 from cpt.planning.flops import TokenFlops, flops_per_token
 from cpt.planning.hardware import Assumptions, Gpu
+from cpt.planning.low_precision import EightBitWork, rounding_seconds
 from cpt.planning.memory import ParameterCounts, device_memory, host_memory
 from cpt.planning.part_times import PRODUCTS, REST, UPDATE_BYTES, Held, micro_step_parts
 from cpt.planning.step_work import PASSES, ModelSizes, Share
@@ -113,6 +114,9 @@ def estimate(
     zero = links["ZeRO gather"] + links["ZeRO reduce"]
     exposed = (1 - assumed.overlap) * max(zero, busy["PCIe"])
     update = _update_seconds(config, counts, gpu)
+    afterwards = {"update": update}
+    if config.train.quantize.is_on:
+        afterwards["rounding"] = rounding_seconds(config, counts.expert_matrices, gpu)
     fits_device = sum(memory.values()) <= assumed.memory_share * gpu.memory_bytes
     fits_host = sum(host.values()) <= assumed.host_memory_share * gpu.host_memory_bytes
     return Estimate(
@@ -122,11 +126,11 @@ def estimate(
         nvme=host_memory(config, model, counts, "nvme"),
         wire=wire,
         flops=flops,
-        seconds={"compute": compute, **busy, "update": update},
+        seconds={"compute": compute, **busy, **afterwards},
         parts=parts,
         exchange_seconds=exchange,
         exposed_seconds=exposed,
-        step_seconds=max(compute + exchange + exposed, *busy.values()) + update,
+        step_seconds=max(compute + exchange + exposed, *busy.values()) + sum(afterwards.values()),
         fits=fits_device and fits_host,
     )
 
@@ -182,6 +186,7 @@ def _part_seconds(
         passes,
         gpu.attainable(),
         AdapterWork.of(config, model, counts.adapted, counts.packed),
+        EightBitWork.of(config, model),
     )
     return {part: micro_steps * seconds for part, seconds in once.items()}
 

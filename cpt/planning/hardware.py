@@ -3,7 +3,7 @@
 What a GPU attains was measured on one H100 (bench/gpu/acceptance.py; the figures are in
 bench/gpu/results); for another GPU it is that, times the ratio of the data sheets. Nothing that
 links several GPUs was measured by this project.  Sources: NVIDIA data sheets of H100 SXM, H200 SXM,
-HGX B200, GH200, A100 SXM, L40S and RTX 4090 (dense bf16 with sums in fp32, without sparsity); 400
+HGX B200, GH200, A100 SXM, L40S and RTX 4090 (dense bf16 and FP8 with sums in fp32); 400
 Gbit/s InfiniBand per GPU as in DGX H100 and DGX B200, 200 as in DGX A100; collective rates as
 published for NCCL and DeepEP on such nodes (bus bandwidth of 350 of 450 GB/s over NVLink, 43 to 47
 of 50 GB/s over InfiniBand).  Figures of clusters are those of their operators' pages
@@ -49,6 +49,8 @@ class Attainable:
     """Bytes read and written per second by a copy."""
     launch_seconds: float
     """Time in which the host starts a kernel."""
+    eight_bit_ratio: float
+    """How many times as fast products in 8 bits are; from the data sheet, not measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,14 +79,18 @@ class Gpu:
     """
     ranks_per_node: int = 8
     """GPUs of a usual node."""
+    fp8_flops: float | None = None
+    """Dense FP8 operations per second with sums in fp32; None if it has no such products."""
 
     def attainable(self) -> Attainable:
         """Return what kernels reach: measured on an H100, scaled by the data sheets."""
-        return _attainable(self.bf16_flops, self.hbm_bytes_per_second)
+        eight_bit_ratio = (self.fp8_flops or self.bf16_flops) / self.bf16_flops
+        return _attainable(self.bf16_flops, self.hbm_bytes_per_second, eight_bit_ratio)
 
 
 H100_SHEET_FLOPS = 989e12
 H100_SHEET_BYTES = 3.35e12
+H100_SHEET_FP8_FLOPS = 1979e12
 
 H100_MEASURED = Attainable(
     product_flops=745e12,
@@ -94,6 +100,7 @@ H100_MEASURED = Attainable(
     window_flops=FlashRates(forward=73e12, backward=49e12),
     memory_bytes_per_second=2.94e12,
     launch_seconds=7.5e-6,
+    eight_bit_ratio=H100_SHEET_FP8_FLOPS / H100_SHEET_FLOPS,
 )
 """One H100 80GB HBM3 (26 November 2026, torch 2.11.0+cu130).
 
@@ -107,7 +114,7 @@ run beside it.
 
 
 @functools.cache
-def _attainable(sheet_flops: float, sheet_bytes: float) -> Attainable:
+def _attainable(sheet_flops: float, sheet_bytes: float, eight_bit_ratio: float) -> Attainable:
     products = sheet_flops / H100_SHEET_FLOPS
     memory = sheet_bytes / H100_SHEET_BYTES
     return replace(
@@ -117,6 +124,7 @@ def _attainable(sheet_flops: float, sheet_bytes: float) -> Attainable:
         attention_flops=H100_MEASURED.attention_flops.scaled(products),
         window_flops=H100_MEASURED.window_flops.scaled(products),
         memory_bytes_per_second=memory * H100_MEASURED.memory_bytes_per_second,
+        eight_bit_ratio=eight_bit_ratio,
     )
 
 
@@ -137,11 +145,17 @@ def _gh200(name: str, *, memory_bytes: float, hbm_bytes_per_second: float) -> Gp
         host_memory_bytes=480e9,
         host_bytes_per_second=190e9,
         ranks_per_node=1,
+        fp8_flops=1979e12,
     )
 
 
 def _without_nvlink(
-    name: str, *, bf16_flops: float, memory_bytes: float, memory_bytes_per_second: float
+    name: str,
+    *,
+    bf16_flops: float,
+    fp8_flops: float,
+    memory_bytes: float,
+    memory_bytes_per_second: float,
 ) -> Gpu:
     """Return a card whose neighbors are reached over PCIe 4.0 x16, which has 32 GB/s."""
     return Gpu(
@@ -154,6 +168,7 @@ def _without_nvlink(
         pcie_bytes_per_second=27e9,
         host_memory_bytes=128e9,
         ranks_per_node=4,
+        fp8_flops=fp8_flops,
     )
 
 
@@ -164,6 +179,7 @@ GPUS = {
         memory_bytes=80e9,
         hbm_bytes_per_second=H100_SHEET_BYTES,
         nvlink_bytes_per_second=450e9,
+        fp8_flops=H100_SHEET_FP8_FLOPS,
     ),
     "h100-94gb": Gpu(
         # 94 GB of HBM2e, with less bandwidth than the 80 GB of HBM3: that of TSUBAME 4.0
@@ -172,6 +188,7 @@ GPUS = {
         memory_bytes=94e9,
         hbm_bytes_per_second=2.396e12,
         nvlink_bytes_per_second=450e9,
+        fp8_flops=H100_SHEET_FP8_FLOPS,
         ranks_per_node=4,
     ),
     "h200": Gpu(
@@ -180,6 +197,7 @@ GPUS = {
         memory_bytes=141e9,
         hbm_bytes_per_second=4.8e12,
         nvlink_bytes_per_second=450e9,
+        fp8_flops=H100_SHEET_FP8_FLOPS,
     ),
     "b200": Gpu(
         name="B200 180 GB",
@@ -187,6 +205,7 @@ GPUS = {
         memory_bytes=180e9,
         hbm_bytes_per_second=8.0e12,
         nvlink_bytes_per_second=900e9,
+        fp8_flops=4500e12,
     ),
     "a100-80gb": Gpu(
         name="A100 SXM 80 GB",
@@ -198,10 +217,18 @@ GPUS = {
         pcie_bytes_per_second=27e9,
     ),
     "l40s": _without_nvlink(
-        "L40S 48 GB", bf16_flops=362e12, memory_bytes=48e9, memory_bytes_per_second=864e9
+        "L40S 48 GB",
+        bf16_flops=362e12,
+        fp8_flops=733e12,
+        memory_bytes=48e9,
+        memory_bytes_per_second=864e9,
     ),
     "rtx4090": _without_nvlink(
-        "RTX 4090 24 GB", bf16_flops=165e12, memory_bytes=24e9, memory_bytes_per_second=1.008e12
+        "RTX 4090 24 GB",
+        bf16_flops=165e12,
+        fp8_flops=330e12,
+        memory_bytes=24e9,
+        memory_bytes_per_second=1.008e12,
     ),
     "gh200-96gb": _gh200("GH200 96 GB", memory_bytes=96e9, hbm_bytes_per_second=4.0e12),
     "gh200-144gb": _gh200("GH200 144 GB", memory_bytes=144e9, hbm_bytes_per_second=4.9e12),

@@ -25,12 +25,15 @@ from cpt.model.adapters.layout import (
 from cpt.model.experts.packed import packed_bytes
 from cpt.model.freezing import frozen_names
 from cpt.model.weights.hf_layout import is_expert_matrix, is_expert_name
+from cpt.planning.low_precision import OPERANDS, operands_memory, rounding_memory
 from cpt.planning.step_memory import StepSizes, local_tokens, mask_bytes, step_moments
 from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES, host_gradient_bytes
 
 GIB = 2**30
 STEP_PARTS = ("gathered weights", "weight gradients", "activations", "logits", "update")
-"""What a step takes beyond the state, by part; over a packed base, also decoded experts."""
+"""What a step takes beyond the state, by part; over a packed base, also decoded experts, with 8-bit
+products, also their operands.
+"""
 SUB_GROUP_SIZE = 10**9
 """Parameters after which ZeRO-3 begins another group for the update, unless the DeepSpeed JSON says
 otherwise.
@@ -151,7 +154,15 @@ def device_memory(
         moment["gradients"] = gradients
         if name in ("loss", "table") and _gradients_begin_anew(config):
             moment["gradients"] = 0
+    for name in ("experts", "rows", "attention"):
+        if config.train.products.is_on and name in moments:
+            operands = operands_memory(config, model, sizes.tokens, name, device_type)
+            moments[name][OPERANDS] = operands
     moments["update"] = {"gradients": gradients, "update": _device_update(config, counts, sizes)}
+    rounding = rounding_memory(config, model, device_type)
+    if rounding:
+        rounding += mask_bytes(sizes, backward=True)
+        moments["rounding"] = {"gradients": gradients, "update": rounding}
     largest = max(moments.values(), key=lambda moment: sum(moment.values()))
     parts = {"weights": _device_weights(config, counts)}
     if counts.packed:
@@ -163,6 +174,8 @@ def device_memory(
     }
     if counts.packed:
         parts["decoded experts"] = largest.get("decoded experts", 0)
+    if config.train.products.is_on:
+        parts[OPERANDS] = largest.get(OPERANDS, 0)
     return {**parts, **{part: largest.get(part, 0) for part in STEP_PARTS}}
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from cpt.planning.adapter_work import ADAPTERS, DECODING, AdapterWork
 from cpt.planning.hardware import Attainable
+from cpt.planning.low_precision import OPERANDS, EightBitWork
 from cpt.planning.step_work import ModelSizes, Share, Work, work_of_micro_step
 
 OTHER = "embedding, residuals, bookkeeping"
@@ -29,6 +30,7 @@ NAMES = {
     "router": "router",
     ADAPTERS: "adapters",
     DECODING: "experts: decoding",
+    OPERANDS: OPERANDS,
 }
 """Names of a plan for parts of the table; `experts` are two parts here, the rest is OTHER."""
 PRODUCTS = "experts: products"
@@ -39,6 +41,7 @@ PARTS = (
     PRODUCTS,
     REST,
     "experts: decoding",
+    OPERANDS,
     "adapters",
     "loss head",
     "attention core",
@@ -92,6 +95,7 @@ def micro_step_parts(
     passes: tuple[str, ...],
     rates: Attainable,
     adapters: AdapterWork | None = None,
+    eight_bit: EightBitWork | None = None,
 ) -> dict[str, float]:
     """Return the seconds of one micro step by part, in the order of PARTS.
 
@@ -102,8 +106,9 @@ def micro_step_parts(
         passes: The passes of a layer that are made.
         rates: What the GPU attains.
         adapters: The adapters that are trained in place of the model.
+        eight_bit: The products that are in 8 bits.
     """
-    seconds, launches = _computing(model, share, passes, rates, adapters)
+    seconds, launches = _computing(model, share, passes, rates, adapters, eight_bit)
     moved = GATHERED_BYTES * held.gathered + REDUCED_BYTES * held.computed_with
     moved += ADDED_BYTES * held.owned
     parts = {**seconds, BOOKKEEPING: moved / rates.memory_bytes_per_second}
@@ -119,11 +124,14 @@ def _computing(
     passes: tuple[str, ...],
     rates: Attainable,
     adapters: AdapterWork | None,
+    eight_bit: EightBitWork | None,
 ) -> tuple[dict[str, float], float]:
     """Return the seconds of the model's parts, and the kernels that are started."""
     works = work_of_micro_step(model, share)
     if adapters is not None:
         works = adapters.changed(works, share)
+    if eight_bit is not None:
+        works = eight_bit.changed(works, share)
     seconds: dict[str, float] = {}
     launches = 0.0
     for part, by_pass in works.items():
@@ -147,7 +155,8 @@ def _product_seconds(part: str, name: str, work: Work, rates: Attainable) -> flo
     moving = work.product_bytes / rates.memory_bytes_per_second
     if part == "experts":
         weights = work.weight_bytes / rates.memory_bytes_per_second
-        multiplying = work.flops / rates.grouped_flops + rates.grouped_exposed * weights
+        flops = work.flops_at(rates.eight_bit_ratio)
+        multiplying = flops / rates.grouped_flops + rates.grouped_exposed * weights
     elif part == "attention core" and name == "backward":
         multiplying = work.flops / rates.attention_flops.backward
         multiplying += work.window_flops / rates.window_flops.backward
@@ -155,5 +164,5 @@ def _product_seconds(part: str, name: str, work: Work, rates: Attainable) -> flo
         multiplying = work.flops / rates.attention_flops.forward
         multiplying += work.window_flops / rates.window_flops.forward
     else:
-        multiplying = work.flops / rates.product_flops
+        multiplying = work.flops_at(rates.eight_bit_ratio) / rates.product_flops
     return max(multiplying, moving)

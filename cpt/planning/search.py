@@ -16,6 +16,7 @@ from typing import Any
 from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
+from cpt.config.block_parts import block_problems
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts
@@ -96,6 +97,7 @@ class Layout:
 
 def layouts(run: RunYaml, model: GptOssConfig, world_size: int) -> Iterator[Layout]:
     """Yield every layout whose sizes divide what they must divide."""
+    cutting = _cutting_blocks(run, model, world_size)
     choices = itertools.product(
         _sp_sizes(run, model, world_size),
         _ep_sizes(model, world_size),
@@ -110,6 +112,8 @@ def layouts(run: RunYaml, model: GptOssConfig, world_size: int) -> Iterator[Layo
             continue
         if stage != 3 and "offload_param" in offloads:
             continue
+        if (stage, ep_size) in cutting:
+            continue
         activation_checkpointing, offload_checkpoints = checkpointing
         yield Layout(
             sp_size=sp_size,
@@ -120,6 +124,17 @@ def layouts(run: RunYaml, model: GptOssConfig, world_size: int) -> Iterator[Layo
             offload_checkpoints=offload_checkpoints,
             offloads=offloads,
         )
+
+
+def _cutting_blocks(run: RunYaml, model: GptOssConfig, world_size: int) -> set[tuple[int, int]]:
+    """Return the pairs of (ZeRO stage, expert-parallel size) that cut blocks of rounded experts."""
+    cutting = set()
+    for stage, ep_size in itertools.product(ZERO_STAGES, _ep_sizes(model, world_size)):
+        if block_problems(
+            run.train.quantize, model, zero_stage=stage, world_size=world_size, ep_size=ep_size
+        ):
+            cutting.add((stage, ep_size))
+    return cutting
 
 
 def _sp_sizes(run: RunYaml, model: GptOssConfig, world_size: int) -> list[int]:

@@ -98,6 +98,12 @@ class Work:
     """Those of `product_bytes` that are there however few the tokens."""
     other_bytes: float
     """Bytes that everything else reads and writes."""
+    eight_bit_flops: float = 0.0
+    """Those of `flops` that are in 8 bits."""
+
+    def flops_at(self, eight_bit_ratio: float) -> float:
+        """Return the FLOPs in bf16 that take as long, if 8 bits are that many times as fast."""
+        return self.flops - self.eight_bit_flops * (1 - 1 / eight_bit_ratio)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ from cpt.model.weights import mxfp4
 PIECE_VALUES = 2**18
 """Values that are rounded at a time, at least one block of every output: they stay in the cache."""
 
+BYTES_OF_A_VALUE = 24
+"""Temporary memory for each value of a piece, at most: `least` with two roundings and errors."""
+
 _MAGNITUDE = 0x7FFF
 _SIGN = -0x8000
 _EXPONENT_SHIFT = 7
@@ -36,7 +39,7 @@ largest: 2^-122."""
 def round_by_bits(values: torch.Tensor, rule: ExponentRule, out: torch.Tensor) -> None:
     """Write `mxfp4.rounded(values, rule)` to `out`, bit for bit.
 
-    Beside the two tensors it takes about 24 bytes for each of PIECE_VALUES values.
+    Beside the two tensors it takes BYTES_OF_A_VALUE for each of PIECE_VALUES values.
 
     Args:
         values: (n, 32 k, R) in bf16 or fp32 on the CPU, contiguous.
