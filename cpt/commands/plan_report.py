@@ -22,7 +22,7 @@ from cpt.model.configuration import load_config
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.figure import PlannedPoint, draw
 from cpt.planning.hardware import CLUSTERS, GPUS, Assumptions, Gpu, with_fabric
-from cpt.planning.low_precision import assumption_lines, products_problem
+from cpt.planning.low_precision import assumption_lines, emulation_problem, products_problem
 from cpt.planning.memory import ParameterCounts, counts_of
 from cpt.planning.routing import read_routing
 from cpt.planning.search import Layout, search
@@ -73,9 +73,10 @@ def plan(options: argparse.Namespace) -> None:
     gpu = gpu_in_node(options)
     assumed = replace(assumed, ranks_per_node=gpu.ranks_per_node)
     run, ds_json = load(options.config, options.ds_config, overrides_of(options))
-    problem = products_problem(run.train.products, gpu)
-    if problem is not None:
-        raise ConfigError(problem)
+    for find in (products_problem, emulation_problem):
+        problem = find(run.train.products, gpu)
+        if problem is not None:
+            raise ConfigError(problem)
     if not run.stages or options.seq_len:
         _plan_rows(_Planner(run, ds_json, options.batch_tokens, gpu, assumed), options)
     elif options.plot:

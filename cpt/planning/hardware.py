@@ -81,6 +81,8 @@ class Gpu:
     """GPUs of a usual node."""
     fp8_flops: float | None = None
     """Dense FP8 operations per second with sums in fp32; None if it has no such products."""
+    has_grouped_fp8: bool = True
+    """Whether torch has grouped products in 8 bits for it, which those of experts are."""
 
     def attainable(self) -> Attainable:
         """Return what kernels reach: measured on an H100, scaled by the data sheets."""
@@ -169,6 +171,7 @@ def _without_nvlink(
         host_memory_bytes=128e9,
         ranks_per_node=4,
         fp8_flops=fp8_flops,
+        has_grouped_fp8=False,
     )
 
 

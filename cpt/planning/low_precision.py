@@ -214,6 +214,17 @@ def products_problem(section: ProductsSection, gpu: Gpu) -> str | None:
     )
 
 
+def emulation_problem(section: ProductsSection, gpu: Gpu) -> str | None:
+    """Return why a plan cannot count the products of `train.products` on a kind of GPU."""
+    if section.experts != "fp8" or gpu.fp8_flops is None or gpu.has_grouped_fp8:
+        return None
+    return (
+        f"train.products.experts is fp8, but torch has no grouped products in 8 bits for "
+        f"{gpu.name}: they would be emulated, which is slower than bf16 and is not counted by a "
+        "plan. Give experts: bf16, or plan with another GPU, such as h100."
+    )
+
+
 def rounding_text(config: RunConfig, expert_matrices: tuple[int, ...]) -> str:
     """Return what a rank rounds after each update, for people."""
     quantize = config.train.quantize

@@ -19,6 +19,7 @@ from cpt.planning.hardware import GPUS, Assumptions
 from cpt.planning.low_precision import (
     OPERANDS,
     TRAVELING_VALUES,
+    emulation_problem,
     products_problem,
     products_text,
     rounded_weights,
@@ -168,6 +169,10 @@ def test_a_gpu_without_eight_bit_products_is_named() -> None:
     message = products_problem(EIGHT_BIT, GPUS["a100-80gb"])
     assert message is not None and "A100 SXM 80 GB has no products in 8 bits" in message
     assert products_problem(EIGHT_BIT, GPUS["h100"]) is None
+    assert emulation_problem(EIGHT_BIT, GPUS["h100"]) is None
+    message = emulation_problem(EIGHT_BIT, GPUS["l40s"])
+    assert message is not None and "they would be emulated" in message
+    assert emulation_problem(ProductsSection(attention="fp8"), GPUS["l40s"]) is None
     assert products_problem(BF16, GPUS["a100-80gb"]) is None
 
 
