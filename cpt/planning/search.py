@@ -97,11 +97,10 @@ class Layout:
 
 def layouts(run: RunYaml, model: GptOssConfig, world_size: int) -> Iterator[Layout]:
     """Yield every layout whose sizes divide what they must divide."""
-    cutting = _cutting_blocks(run, model, world_size)
     choices = itertools.product(
         _sp_sizes(run, model, world_size),
         _ep_sizes(model, world_size),
-        ZERO_STAGES,
+        _stages(run, model, world_size),
         MICRO_BATCH_SIZES,
         CHECKPOINTING,
         OFFLOADS,
@@ -111,8 +110,6 @@ def layouts(run: RunYaml, model: GptOssConfig, world_size: int) -> Iterator[Layo
         if run.train.global_batch_size % rows_at_a_time:
             continue
         if stage != 3 and "offload_param" in offloads:
-            continue
-        if (stage, ep_size) in cutting:
             continue
         activation_checkpointing, offload_checkpoints = checkpointing
         yield Layout(
@@ -126,15 +123,13 @@ def layouts(run: RunYaml, model: GptOssConfig, world_size: int) -> Iterator[Layo
         )
 
 
-def _cutting_blocks(run: RunYaml, model: GptOssConfig, world_size: int) -> set[tuple[int, int]]:
-    """Return the pairs of (ZeRO stage, expert-parallel size) that cut blocks of rounded experts."""
-    cutting = set()
-    for stage, ep_size in itertools.product(ZERO_STAGES, _ep_sizes(model, world_size)):
-        if block_problems(
-            run.train.quantize, model, zero_stage=stage, world_size=world_size, ep_size=ep_size
-        ):
-            cutting.add((stage, ep_size))
-    return cutting
+def _stages(run: RunYaml, model: GptOssConfig, world_size: int) -> list[int]:
+    """Return the ZeRO stages that cut no block of the weights that a run rounds."""
+    stages = []
+    for stage in ZERO_STAGES:
+        if not block_problems(run.train.quantize, model, zero_stage=stage, world_size=world_size):
+            stages.append(stage)
+    return stages
 
 
 def _sp_sizes(run: RunYaml, model: GptOssConfig, world_size: int) -> list[int]:

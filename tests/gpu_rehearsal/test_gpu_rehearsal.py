@@ -13,11 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GptOssConfig
 
+from cpt.model.configuration import PRESETS
+from cpt.planning.low_precision import OPERANDS, EightBitWork
+from cpt.planning.step_work import PASSES, Share, Work
 from tests.support.gpu_rehearsal.fake_cuda import reason_against
 from tests.support.gpu_rehearsal.launch import rehearse, whole_model
+from tests.support.gpu_rehearsal.scenario import run_config
 from tests.support.gpu_rehearsal.shapes import FEATURES, SHAPES, SMALL, Scenario, two_layers
 
+NO_WORK = Work(launches=0, flops=0, window_flops=0, product_bytes=0, weight_bytes=0, other_bytes=0)
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "cpt" / "planning" / "gpu_counts.json"
 
@@ -189,6 +195,59 @@ def test_no_part_costs_more_than_the_table_says(found: dict[str, Any], scenario:
     more, less = differences(counted_parts(found, scenario), tabled_parts(scenario))
     assert more == [], "if it must be: python bench/gpu_counts.py"
     assert less == [], "cheaper by more than 2 %: rewrite the table with python bench/gpu_counts.py"
+
+
+def expert_weights(scenario: Scenario) -> int:
+    """Return the weights in the matrices of the experts of one rank."""
+    sizes = PRESETS[scenario.preset]
+    expert = 3 * sizes["hidden_size"] * sizes["intermediate_size"]
+    return scenario.layers * sizes["num_local_experts"] // scenario.ep_size * expert
+
+
+@by_name([scenario for scenario in FEATURES if scenario.rounding])
+def test_rounding_reads_and_writes_each_expert_weight_once(
+    found: dict[str, Any], scenario: Scenario
+) -> None:
+    parts = found[scenario.name]["parts"]["rounding"]
+    assert list(parts) == ["forward"]  # outside of any backward
+    assert parts["forward"]["num_bytes"] == 4 * expert_weights(scenario)
+    assert parts["forward"]["launches"] == 2 * scenario.layers
+
+
+@by_name([scenario for scenario in FEATURES if scenario.eight_bit])
+def test_eight_bit_products_are_those_of_the_plan(
+    found: dict[str, Any], scenario: Scenario
+) -> None:
+    """Experts: 2 forward, 1 recomputed, 2 for the gradient of their rows; attention: 4 each."""
+    operators = found[scenario.name]["operators"]
+    layers = (scenario.layers - 2) * scenario.micro_batches
+    assert operators["aten._scaled_grouped_mm.default"] == 5 * layers
+    assert operators["aten._scaled_mm.default"] == 12 * layers
+
+
+@by_name([scenario for scenario in FEATURES if scenario.eight_bit == "rows"])
+def test_rounding_operands_moves_the_bytes_of_the_plan(
+    found: dict[str, Any], scenario: Scenario
+) -> None:
+    """Scales, and biases that are added afterwards, which the plan leaves out, are few."""
+    config = run_config(scenario, GptOssConfig(**rehearsed_sizes(scenario)))
+    model = GptOssConfig(**rehearsed_sizes(scenario))
+    work = EightBitWork.of(config, model)
+    assert work is not None
+    share = Share(
+        tokens=scenario.tokens, attention_flops=0.0, window_flops=0.0, ep_size=scenario.ep_size
+    )
+    bare = {part: dict.fromkeys(PASSES, NO_WORK) for part in ("experts", "attention projections")}
+    planned = work.changed(bare, share)[OPERANDS]
+    parts = found[scenario.name]["parts"]["8-bit products"]
+    for name in PASSES:
+        counted = parts[name]["num_bytes"] - parts[name]["product_bytes"]
+        expected = scenario.micro_batches * planned[name].other_bytes
+        assert counted == pytest.approx(expected, rel=0.03), name
+
+
+def rehearsed_sizes(scenario: Scenario) -> dict[str, Any]:
+    return {**PRESETS[scenario.preset], "num_hidden_layers": scenario.layers}
 
 
 def test_an_unfused_copy_of_a_step_is_noticed(found: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tests.support.gpu_rehearsal.constants import (
+    EIGHT_BIT_FLOPS_PER_SECOND,
     MEMORY_BYTES_PER_SECOND,
     PRODUCT_FLOPS_PER_SECOND,
     SECTOR_BYTES,
@@ -55,12 +56,14 @@ class Cost:
     """FLOPs of products."""
     launches: int = 1
     """Kernels started."""
+    flops_per_second: float = PRODUCT_FLOPS_PER_SECOND
+    """Speed of its products."""
 
     @property
     def seconds(self) -> float:
         """Time that the device needs for the longer of the two."""
         moving = self.num_bytes / MEMORY_BYTES_PER_SECOND
-        return max(moving, self.flops / PRODUCT_FLOPS_PER_SECOND)
+        return max(moving, self.flops / self.flops_per_second)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +78,8 @@ class OwnOperator:
     """Arguments of which as much is read as is returned."""
     only_read: tuple[str, ...] = ()
     """Arguments that it may change but whose kernel only reads them."""
+    overwritten: tuple[str, ...] = ()
+    """Arguments that it changes without reading them."""
     untouched: tuple[str, ...] = ()
     """Arguments that its kernel does not touch as a rule."""
     made_dense: tuple[str, ...] = ()
@@ -98,6 +103,7 @@ OWN_OPERATORS = {
     "cpt.gather_rows.default": OwnOperator(gathered=("rows",)),
     "cpt.loss_statistics.default": OwnOperator(only_read=("logits_Nv",)),
     "cpt.pack_rows.default": OwnOperator(gathered=("tokens_NM",), made_dense=("tokens_NM",)),
+    "cpt.round_mxfp4.default": OwnOperator(overwritten=("out_nCR",)),
     "cpt.rms_norm.default": OwnOperator(made_dense=("x",)),
     "cpt.add_rms_norm.default": OwnOperator(made_dense=("residual", "y")),
     "cpt.rms_norm_backward.default": OwnOperator(
@@ -155,7 +161,11 @@ def cost_of(op: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> C
             num_bytes += stored_bytes(tensor)
     if own.extra_bytes is not None:
         num_bytes += own.extra_bytes(args)
-    return Cost(num_bytes=num_bytes, flops=_flops(name, args, kwargs), launches=launches)
+    speed = PRODUCT_FLOPS_PER_SECOND
+    if name.startswith("aten._scaled"):
+        speed = EIGHT_BIT_FLOPS_PER_SECOND
+    flops = _flops(name, args, kwargs)
+    return Cost(num_bytes=num_bytes, flops=flops, launches=launches, flops_per_second=speed)
 
 
 def _arguments(
@@ -179,7 +189,7 @@ def _argument_bytes(
     is_first = args and tensor is args[0]
     if argument.name in own.untouched:
         return 0
-    if argument.name in own.only_read:
+    if argument.name in own.only_read or argument.name in own.overwritten:
         return stored_bytes(tensor)
     if argument.alias_info is not None and argument.alias_info.is_write:
         written = _written_bytes(name, tensor, args)
@@ -203,13 +213,13 @@ def _written_bytes(name: str, tensor: torch.Tensor, args: Sequence[Any]) -> int:
 
 
 def _flops(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    if name.startswith("aten.mm."):
+    if name.startswith(("aten.mm.", "aten._scaled_mm.")):
         return 2 * args[0].numel() * args[1].shape[1]
     if name.startswith("aten.addmm."):
         return 2 * args[1].numel() * args[2].shape[1]
     if name.startswith("aten.bmm."):
         return 2 * args[0].numel() * args[1].shape[2]
-    if name.startswith("aten._grouped_mm"):
+    if name.startswith(("aten._grouped_mm", "aten._scaled_grouped_mm")):
         # Rows of one side belong to one expert each, whichever side that is.
         return 2 * args[0].numel() * args[1].shape[-1]
     if name.startswith("aten._flash_attention_forward"):

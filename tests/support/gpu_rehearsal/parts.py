@@ -19,6 +19,9 @@ ENGINE = "engine"
 
 RULES: tuple[tuple[str, str, str], ...] = (
     # file, beginning of the function's qualified name, part
+    ("cpt/model/kernels/block_rounding", "", "rounding"),
+    ("cpt/model/products/", "", "8-bit products"),
+    ("cpt/model/kernels/e4m3", "", "8-bit products"),
     ("cpt/model/kernels/gated_unit", "", "experts"),
     ("cpt/model/kernels/expert", "", "experts"),
     ("cpt/model/kernels/loss", "", "loss head"),

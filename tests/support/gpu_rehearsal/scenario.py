@@ -32,6 +32,8 @@ from cpt.model.decoding import KeyValueCache, PromptPass, TokenPass
 from cpt.model.experts.packed_base import materialize_packed, pack
 from cpt.model.gpt_oss import GptOssForCPT
 from cpt.model.kernels.availability import fused_kernels_run_on
+from cpt.model.products.layers import ChosenProducts, eight_bit_layers, put_products
+from cpt.model.products.recipe import EightBit
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
@@ -74,6 +76,8 @@ class StandInDeepSpeed:
             averaged_gradients={0: list(flat.chunk(4))},
             grad_partitions_flat_buffer=flat,
             fp32_partitioned_groups_flat=[flat],
+            fp16_partitioned_groups_flat=[flat.to(torch.bfloat16)],
+            fp16_groups=[[]],
             offload_optimizer=False,
             param_groups=optimizer.param_groups,
             optimizer=optimizer,
@@ -128,6 +132,11 @@ def run_config(scenario: Scenario, model_config: GptOssConfig) -> RunConfig:
         "lr": 1e-5,
         "dtype": "bf16",
     }
+    if scenario.rounding:
+        train["quantize"] = {"experts": "mxfp4", "start_step": 0}
+    if scenario.eight_bit:
+        scaling = scenario.eight_bit
+        train["products"] = {"experts": "fp8", "attention": "fp8", "scaling": scaling}
     if scenario.kl_targets:
         train |= {"kl_targets": "targets", "kl_weight": 0.5}
     adapter = {"kind": "lora", "base": "mxfp4"} if scenario.packed_base else {}
@@ -247,12 +256,21 @@ class Rehearsal:
             adapter = run_config(scenario, self.model_config).adapter
             adapted = adapted_matrices(adapter, self.model_config)
             attach_adapters(model, adapted, adapter.scale, topology.ep_size)
+        if scenario.eight_bit:
+            put_products(model, self._chosen_products())
         with FakeTensorMode(allow_non_fake_inputs=True):
             self._fused = fused_kernels_run_on(torch.empty(1, device=topology.device))
             engine = self._build_engine(model, topology)
             self._step(engine, targets)
             if scenario.evaluates:
                 self._evaluate(engine)
+
+    def _chosen_products(self) -> ChosenProducts:
+        """Return the products of the scenario as the kernels of torch compute them."""
+        section = run_config(self.scenario, self.model_config).train.products
+        eight_bit = EightBit("blocks" if section.scaling == "blocks" else "rows", by_kernel=True)
+        layers = eight_bit_layers(section, self.model_config.num_hidden_layers)
+        return ChosenProducts(experts=eight_bit, attention=eight_bit, layers=layers)
 
     def _step(self, engine: TrainingEngine, targets: KLTargets | None) -> None:
         scenario = self.scenario
@@ -322,6 +340,10 @@ class Rehearsal:
         exchange = None
         if scenario.sp_size > 1:
             exchange = Ulysses(topology, WindowHalo(topology, self.model_config.sliding_window))
+        if scenario.rounding:
+            for parameter in model.parameters():
+                # the part of a rank that no other one shares
+                parameter.ds_tensor = parameter.detach()  # type: ignore[attr-defined]
         engine_module.initialize = _stand_in_engine
         engine = TrainingEngine(
             model,

@@ -32,6 +32,11 @@ class Scenario:
     """Both penalties, all measurements, and the routers before training."""
     packed_base: bool = False
     """Whether adapters on attention and experts are trained over experts in 4 bits."""
+    rounding: bool = False
+    """Whether the experts are rounded to MXFP4 after the update."""
+    eight_bit: str | None = None
+    """What shares a scale in 8-bit products of experts and attention, rows or blocks; None without
+    such products."""
     few_labels: bool = False
     """Whether every second token has no label."""
     evaluates: bool = False
@@ -68,6 +73,8 @@ SHAPES = (
 
 SMALL = Scenario(name="small", preset="gpt-oss-20b", layers=2, tokens=256)
 """Few tokens, for what does not depend on their number."""
+EIGHT_BIT = replace(SMALL, layers=4)
+"""Layers at both ends compute in bf16."""
 LAYOUT = replace(SMALL, preset="gpt-oss-120b", ep_size=8, sp_size=4, documents=3)
 
 FEATURES = (
@@ -77,6 +84,9 @@ FEATURES = (
     replace(SMALL, name="targets", kl_targets=True, documents=7, micro_batches=2),
     replace(SMALL, name="few labels", few_labels=True, micro_batches=2),
     replace(SMALL, name="packed base", packed_base=True, micro_batches=2),
+    replace(SMALL, name="rounding", rounding=True),
+    replace(EIGHT_BIT, name="8-bit products", eight_bit="rows", micro_batches=2),
+    replace(EIGHT_BIT, name="8-bit products in blocks", eight_bit="blocks"),
     replace(SMALL, name="router watch", router_watch=True, micro_batches=2),
     replace(
         LAYOUT,
@@ -88,6 +98,8 @@ FEATURES = (
     ),
     replace(LAYOUT, name="layout, rows kept", expert_recompute="keep", micro_batches=2),
     replace(LAYOUT, name="layout, packed base", packed_base=True),
+    replace(LAYOUT, name="layout, rounding", rounding=True),
+    replace(LAYOUT, name="layout, 8-bit products", layers=4, eight_bit="rows"),
     replace(LAYOUT, name="layout, experts in halves", expert_overlap="halves", evaluates=True),
 )
 """Every feature of a step, for devices and waits."""
