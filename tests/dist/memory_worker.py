@@ -101,6 +101,7 @@ def run(shape: dict[str, Any], folder: Path) -> None:
             "micro_batch_size": rows,
             "total_steps": 99,
             "lr": 1e-3,
+            "quantize": shape.get("quantize", {}),
         },
     }
     run_yaml = read_file(RunYaml, parse_yaml(json.dumps(run), "run.yaml"))

@@ -22,6 +22,7 @@ WITHIN = 0.15
 
 LORA = {"kind": "lora", "rank": 16, "expert_rank": 8}
 PACKED = {**LORA, "base": "mxfp4"}
+ROUNDED = {"experts": "mxfp4", "start_step": 0, "exponent": "least"}
 ATTENTION = {"kind": "lora", "rank": 16, "targets": ["attention"]}
 
 
@@ -31,13 +32,17 @@ def shape(
     checkpointing: bool,
     stage: int = 3,
     adapter: dict[str, Any] | None = None,
+    quantize: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     kept = "checkpointing" if checkpointing else "all-kept"
     name = f"{rows}x{seq_len}-{kept}-zero{stage}"
     if adapter is not None:
         name += f"-{adapter.get('base', 'bf16')}-{'-'.join(adapter.get('targets', ['all']))}"
+    if quantize is not None:
+        name += f"-rounded-{quantize['exponent']}"
     return {
         "name": name,
+        "quantize": quantize or {},
         "adapter": adapter or {},
         "rows": rows,
         "seq_len": seq_len,
@@ -60,6 +65,8 @@ SHAPES = [
     shape(4, 1024, False, stage=2, adapter=ATTENTION),
     shape(4, 1024, True, stage=2, adapter=PACKED),
     shape(4, 1024, True, stage=3, adapter=PACKED),
+    shape(4, 1024, True, stage=3, quantize=ROUNDED),
+    shape(8, 256, True, stage=2, quantize=ROUNDED),
 ]
 
 
