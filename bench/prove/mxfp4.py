@@ -1,7 +1,7 @@
 """Measure what an MXFP4 export keeps of what experts learned, with and without training for it.
 
     python bench/prove/mxfp4.py [--work_dir DIR] [--quick] [--seeds N ...] [--report]
-        [--json FILE] [--svg FILE]
+        [--json FILE] [--svg FILE] [--page FILE]
 
 A small gpt-oss learns English and is rounded to MXFP4: the release.  It goes on with Japanese, at
 three learning rates, and is exported by three exponent rules; beside it the same with the last
@@ -50,6 +50,7 @@ import torch  # noqa: E402
 from mxfp4_parts import outcome, product, releases, texts  # noqa: E402
 from mxfp4_parts.cells import Cell, finished, in_a_line, run_cell  # noqa: E402
 from mxfp4_parts.drawing import draw  # noqa: E402
+from mxfp4_parts.page import write_page  # noqa: E402
 from mxfp4_parts.training import Rows, Trainer, scored_sets  # noqa: E402
 
 from cpt.offline.ranks import single_process  # noqa: E402
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="report what is done, run nothing")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
+    parser.add_argument("--page", type=Path, help="page that gets the tables, docs/precision.md")
     options = parser.parse_args()
     scale = QUICK if options.quick else REAL
     name = "prove_mxfp4_quick" if options.quick else "prove_mxfp4"
@@ -153,6 +155,8 @@ def write_report(work_dir: Path, scale: Scale, options: argparse.Namespace) -> N
         print(product.told(report["product"]))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.page:
+        write_page(options.page, report)
     if options.svg:
         source = f"{len(results)} of {len(wanted)} cells; a dot is a seed; {machine}, {date}"
         options.svg.write_text(draw(results, source), encoding="utf-8")

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "prove")]
 from mxfp4_parts import cells, outcome, product, releases, texts  # noqa: E402
 from mxfp4_parts.drawing import draw  # noqa: E402
 from mxfp4_parts.kept import against_base, movement  # noqa: E402
+from mxfp4_parts.page import BEGIN, END, write_page  # noqa: E402
 from mxfp4_parts.scale import QUICK, REAL  # noqa: E402
 from mxfp4_parts.training import (  # noqa: E402
     State,
@@ -76,6 +77,7 @@ def test_no_share_is_told_of_what_is_hardly_learned() -> None:
     noise = _result(trained=2.0 - outcome.LEAST_WORTH / 2, seed=1)
     assert math.isnan(outcome.survived(noise, "plain", "floor"))
     rows = outcome.summary([_result(), noise])
+    json.dumps(rows, allow_nan=False)
     assert {row["seeds"] for row in rows} == {2}
     assert all(row["survived"][0] in (0.5, 0.75) for row in rows)
 
@@ -85,15 +87,33 @@ def test_tables_have_a_line_for_every_release_and_rate() -> None:
     results += [_result("converged, ceil", lr=1e-4)]
     lines = outcome.table(results).splitlines()
     assert [line.split(" | ")[0:2] for line in lines[2:]] == [
-        ["| short, floor", "0.0001"],
-        ["| short, floor", "0.0003"],
-        ["| converged, ceil", "0.0001"],
+        ["| short, floor", "1e-4"],
+        ["| short, floor", "3e-4"],
+        ["| converged, ceil", "1e-4"],
     ]
     assert "| 50 \u00b1 0 |" in lines[2]
     assert "| 50 |" in lines[4]
     english = outcome.english_table(results).splitlines()
     assert len(english) == len(lines)
     assert "| +500.0 | +125.0 |" in english[4]
+
+
+def test_page_gets_the_tables_between_its_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    facts = {"arm": "short, floor", "seed": 0, "steps": 490, "tokens": 501_760}
+    report = {"date": "2026-11-27", "machine": "x", "cells_run": 1, "cells_planned": 27}
+    report |= {"cells": [_result()], "releases": [{**facts, "held_out": _result()["trained"]}]}
+    write_page(page, report)
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
+    assert "old" not in text
+    assert "1 of 27 cells" in text
+    assert "| short, floor | 0 | 490 | 501,760 | 3.000 | 1.000 |" in text
+    assert "| short, floor | 1e-4 | 0.50 | 0.50 | 0.50 | 5.0 | 5.0 | 5.0 |" in text
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="has no"):
+        write_page(page, report)
 
 
 def test_verdict_counts_the_cells_in_which_a_rule_is_best() -> None:

@@ -98,7 +98,10 @@ def mean_of(group: Sequence[dict[str, Any]], measure: Measure) -> Interval:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the table as JSON: every release, rate, method and rule."""
+    """Return every release, rate, method and rule as JSON: means with half widths of intervals.
+
+    A mean of nothing and the interval of a single seed are null.
+    """
     rows = []
     for (arm, lr), group in groups(results).items():
         for method in METHODS:
@@ -123,18 +126,18 @@ def _row(
     row["seeds"] = len(group)
     for name, measure in measures.items():
         found = mean_of(group, measure)
-        row[name] = [found.mean, found.half]
+        row[name] = [None if math.isnan(value) else value for value in (found.mean, found.half)]
     return row
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Return the table of Markdown: one line for each release and learning rate."""
-    header = ["release", "lr", "moved %", "learned mbit/byte"]
+    header = ["release", "lr", "moved, %", "learned, bits / 1,000 bytes"]
     for method in METHODS:
-        header += [f"{method}: {rule} %" for rule in EXPONENT_RULES]
+        header += [f"{method}: {rule}" for rule in EXPONENT_RULES]
     lines = []
     for (arm, lr), group in groups(results).items():
-        line = [arm, f"{lr:g}"]
+        line = [arm, _rate_text(lr)]
         line.append(mean_of(group, lambda result: 100 * float(result["moved"])).text(".1f"))
         line.append(mean_of(group, lambda result: 1000 * worth(result)).text(".1f"))
         for method in METHODS:
@@ -146,8 +149,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Return a table of Markdown."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [f"| {' | '.join(row)} |" for row in [header, *lines]]
+    return "\n".join([rows[0], "|" + "---|" * len(header), *rows[1:]])
+
+
+def _rate_text(lr: float) -> str:
+    return f"{lr:.0e}".replace("e-0", "e-")
 
 
 def _survived_text(group: Sequence[dict[str, Any]], method: str, rule: str) -> str:
@@ -155,13 +162,13 @@ def _survived_text(group: Sequence[dict[str, Any]], method: str, rule: str) -> s
 
 
 def english_table(results: Sequence[dict[str, Any]]) -> str:
-    """Return the table of what an export changes in held-out English, in mbit/byte."""
-    header = ["release", "lr", "training mbit/byte"]
+    """Return the table of what an export changes in held-out English, in bits per 1,000 bytes."""
+    header = ["release", "lr", "training"]
     for method in METHODS:
         header += [f"{method}: {rule}" for rule in EXPONENT_RULES]
     lines = []
     for (arm, lr), group in groups(results).items():
-        line = [arm, f"{lr:g}", mean_of(group, _english_by_training).text("+.1f")]
+        line = [arm, _rate_text(lr), mean_of(group, _english_by_training).text("+.1f")]
         for method in METHODS:
             for rule in EXPONENT_RULES:
                 line.append(_english_text(group, method, rule))
@@ -176,6 +183,39 @@ def _english_by_training(result: dict[str, Any]) -> float:
 def _english_text(group: Sequence[dict[str, Any]], method: str, rule: str) -> str:
     measured = mean_of(group, lambda result: 1000 * cost(result, method, rule, "english"))
     return measured.text("+.1f")
+
+
+def kept_table(results: Sequence[dict[str, Any]]) -> str:
+    """Return the table of what plain exports keep of the movement, and of their relative error."""
+    header = ["release", "lr", *(f"kept: {rule}" for rule in EXPONENT_RULES)]
+    header += [f"error: {rule}, %" for rule in EXPONENT_RULES]
+    lines = []
+    for (arm, lr), group in groups(results).items():
+        line = [arm, _rate_text(lr)]
+        for rule in EXPONENT_RULES:
+            line.append(_figure_text(group, rule, "kept", 1, ".2f"))
+        for rule in EXPONENT_RULES:
+            line.append(_figure_text(group, rule, "error", 100, ".1f"))
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
+def _figure_text(
+    group: Sequence[dict[str, Any]], rule: str, name: str, factor: float, spec: str
+) -> str:
+    measured = mean_of(group, lambda result: factor * float(result["plain"][rule][name]))
+    return format(measured.mean, spec)
+
+
+def releases_table(facts: Sequence[dict[str, Any]]) -> str:
+    """Return the table of the releases: how long they were trained, and their scores."""
+    header = ["release", "seed", "steps", "tokens", "English, bits per byte", "Japanese"]
+    lines = []
+    for one in facts:
+        scores = one["held_out"]
+        line = [one["arm"], str(one["seed"]), f"{one['steps']:,}", f"{one['tokens']:,}"]
+        lines.append([*line, f"{scores['english']:.3f}", f"{scores['japanese']:.3f}"])
+    return markdown_table(header, lines)
 
 
 def verdict(results: Sequence[dict[str, Any]]) -> str:
