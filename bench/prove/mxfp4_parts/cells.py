@@ -33,7 +33,7 @@ from cpt.config.precision_sections import ExponentRule
 from cpt.guard.score import ScoredSet
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
 from data_pipeline.store.files import atomic_write
-from mxfp4_parts.kept import against_base, movement
+from mxfp4_parts.kept import against_base
 from mxfp4_parts.scale import Scale
 from mxfp4_parts.training import (
     Rows,
@@ -103,7 +103,7 @@ def run_cell(
         "arm": cell.name,
         "seed": cell.seed,
         "lr": cell.lr,
-        "moved": movement(trained, release),
+        "moved": against_base(trained, trained, release)["moved"],
         "released": trainer.bits_per_byte(release, sets),
         "trained": trainer.bits_per_byte(trained, sets),
         "base_experts": trainer.bits_per_byte(with_experts_of(trained, release), sets),

@@ -44,5 +44,5 @@ def section(report: dict[str, Any]) -> str:
         outcome.releases_table(report["releases"]),
     ]
     if "product" in report:
-        parts.append(f"{product.told(report['product'])}.")
+        parts.append(product.told(report["product"]))
     return "\n\n".join(parts)

@@ -146,14 +146,23 @@ def compared(
 
 
 def told(comparison: dict[str, Any]) -> str:
-    """Return how near the product is to one process, in words."""
-    parts = []
-    for name in ("released", "trained", "base experts", "exported", "aware", "kept"):
-        found = []
-        for figure, values in comparison["figures"].items():
-            if figure.startswith(name):
-                found.append(abs(values["difference"]))
-        parts.append(f"{name} {max(found):.1e}")
+    """Return how near the product is to one process, in words, on two lines."""
     cell = comparison["cell"]
-    where = f"{cell['arm']}, seed {cell['seed']}, lr {cell['lr']:g}"
-    return f"the product beside one process ({where}), largest difference: {', '.join(parts)}"
+    where = f"{cell['arm']}, seed {cell['seed']}, lr {cell['lr']:.0e}".replace("e-0", "e-")
+    parts = []
+    for name in ("released", "trained", "aware", "base experts", "exported"):
+        parts.append(f"{name} {_largest(comparison, name):.0e}")
+    return (
+        f"One cell ({where}) through cpt/run.py and cpt export --score_rules differs by at most,\n"
+        f"in bits per byte: {', '.join(parts)} (in bf16 outside the experts); in kept by "
+        f"{_largest(comparison, 'kept'):.0e}."
+    )
+
+
+def _largest(comparison: dict[str, Any], prefix: str) -> float:
+    """Return the largest difference of the figures whose names begin so."""
+    found = []
+    for name, values in comparison["figures"].items():
+        if name.startswith(prefix):
+            found.append(abs(values["difference"]))
+    return max(found)
