@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import GptOssConfig
 
 from cpt.checkpoint.starting_model import located, starting_config
+from cpt.commands.plan_mix import describe_mix
 from cpt.commands.shared_options import overrides_of
 from cpt.config import LaunchInfo, RunYaml, files_of_stage, load, resolve
 from cpt.errors import ConfigError
@@ -86,6 +87,9 @@ def plan(options: argparse.Namespace) -> None:
             of_run, of_json = files_of_stage(run, ds_json, number)
             say(f"stage {number + 1} of {len(run.stages)}: rows of {stage.seq_len:,} tokens")
             _plan_rows(_Planner(of_run, of_json, options.batch_tokens, gpu, assumed), options)
+    of_mix = describe_mix(run.data)
+    if of_mix:
+        say(of_mix)
     say("assumptions")
     for text in [*assumed.describe(gpu), *assumption_lines(run.train, gpu)]:
         say(f"  {text}")

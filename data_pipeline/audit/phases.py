@@ -67,7 +67,7 @@ def audited_phases(
     """
     if built is None:
         note = "" if not mix.schedule else "tokens and epochs of the phases are known with a build"
-        return AuditedPhases(weights=describe_weights(mix), tables=_unplanned(mix), note=note)
+        return AuditedPhases(weights=describe_weights(mix), tables=written_phases(mix), note=note)
     try:
         mix = with_weights(mix, built.manifest)
         if not mix.schedule:
@@ -76,10 +76,10 @@ def audited_phases(
         plan = plan_mix(built, mix, length, global_batch_size)
     except (ConfigError, DataError) as error:
         why = (
-            f"{error}\nNothing is known of tokens and epochs in phases. Another length of the run "
-            "is given with --steps."
+            f"{error}\nSo nothing is known of tokens and epochs in phases. Another length of the "
+            "run is given with --steps."
         )
-        return AuditedPhases(weights=describe_weights(mix), tables=_unplanned(mix), note=why)
+        return AuditedPhases(weights=describe_weights(mix), tables=written_phases(mix), note=why)
     of_steps = f"{length:,} steps of {global_batch_size:,} rows"
     if steps is None:
         of_steps += ", the epochs of the mix" if has_epochs(mix) else ", one pass over the rows"
@@ -101,7 +101,8 @@ def _planned(plan: DataPlan | StagedPlan, of_steps: str) -> tuple[PhaseTable, ..
     return tuple(tables)
 
 
-def _unplanned(mix: MixConfig) -> tuple[PhaseTable, ...]:
+def written_phases(mix: MixConfig) -> tuple[PhaseTable, ...]:
+    """Return the phases as the mix has them, without tokens; none without a schedule."""
     rows = []
     for phase in mix.schedule:
         for source in mix.sources:

@@ -320,7 +320,7 @@ def _phase_row(phase: PlannedPhase, source: str) -> tuple[str, ...]:
         f"{phase.drawn_tokens[source]:,}",
         f"{phase.epochs[source]:.2f}",
         f"{phase.end_epochs[source]:.2f}",
-        _change(f"{phase.lr_factor:g}", f"{phase.last_lr_factor:g}"),
+        _change(f"{phase.lr_factor:.3g}", f"{phase.last_lr_factor:.3g}"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,14 @@ from data_pipeline.mixture.data_plan import (
     read_and_asked,
     steps_of_epochs,
 )
-from data_pipeline.mixture.epochs import has_epochs
+from data_pipeline.mixture.epochs import has_epochs, has_own_weights
 from data_pipeline.mixture.ledger import Ledger
+from data_pipeline.mixture.phases import phase_problems, phases_of
 from data_pipeline.mixture.stages import StagePlan, plan_stages, rows_of_equal_tokens
 from data_pipeline.tables import table
 
+MAX_STEPS = 2**33
+"""Steps of the longest run that epochs are laid over."""
 _COLUMNS = ("stage", "rows of", "steps", "rows per step", "drawn tokens", "share")
 
 
@@ -181,12 +185,40 @@ def steps_of_one_pass(built: BuiltData, mix: MixConfig, global_batch_size: int) 
         sizes = rows_of_equal_tokens(mix.stages, global_batch_size)
     if has_epochs(mix):
         of_stages = [built.of_stage(number) for number in range(len(sizes))]
-        return steps_of_epochs(of_stages, mix, sizes)
+        return _steps_with_phases(mix, steps_of_epochs(of_stages, mix, sizes))
     steps = 0
     for number, size in enumerate(sizes):
         rows = built.of_stage(number)
         num_rows = sum(rows.num_rows(source) for source in range(len(rows.source_names)))
         steps += max(-(-num_rows // size), 1)
+    return steps
+
+
+def _steps_with_phases(mix: MixConfig, asked_steps: int) -> int:
+    """Return the length of a run whose phases without weights of their own have enough steps.
+
+    Where no length gives them so many, because they end at fixed steps, it is `asked_steps`.
+    """
+    if not any(map(has_own_weights, mix.schedule)):
+        return asked_steps
+    enough = asked_steps
+    while _steps_by_epochs(mix, enough) < asked_steps:
+        enough *= 2
+        if enough > MAX_STEPS:
+            return asked_steps
+    return bisect.bisect_left(
+        range(enough + 1), asked_steps, lo=asked_steps, key=lambda n: _steps_by_epochs(mix, n)
+    )
+
+
+def _steps_by_epochs(mix: MixConfig, total_steps: int) -> int:
+    """Return the steps of a run in phases that draw by the epochs; 0 if it cannot have them all."""
+    if phase_problems(mix, total_steps):
+        return 0
+    steps = 0
+    for phase, span in zip(mix.schedule, phases_of(mix, total_steps), strict=True):
+        if not has_own_weights(phase):
+            steps += span.stop_step - span.start_step
     return steps
 
 

@@ -211,8 +211,10 @@ def test_under_a_schedule_epochs_count_in_the_phases_without_weights(place: Path
         {"name": "main", "share": 0.5},
         {"name": "anneal", "share": 0.5, "weights": {"en": 1.0}},
     ]
+    _, alone = opened(place)
     built, mix = opened(place, schedule=schedule)
-    steps = steps_of_one_pass(built, mix, ROWS)
+    steps = steps_of_one_pass(built, alone, ROWS)
+    assert steps_of_one_pass(built, mix, ROWS) in (2 * steps - 1, 2 * steps)  # half of a run
     plan = make_data_plan(built, mix, 2 * steps, ROWS)
     main, anneal = plan.phases
     assert asked_warnings(plan) == []
@@ -220,6 +222,17 @@ def test_under_a_schedule_epochs_count_in_the_phases_without_weights(place: Path
     assert plan.sources[1].epochs == pytest.approx(main.epochs["en"] + anneal.epochs["en"])
     (told,) = asked_warnings(make_data_plan(built, mix, steps, ROWS))
     assert f"takes {steps:,} steps in the phases that have no weights of their own" in told
+
+
+def test_a_phase_of_fixed_length_that_is_too_short_for_the_epochs_is_told(place: Path) -> None:
+    schedule = [
+        {"name": "main", "until_step": 5},
+        {"name": "rest", "share": "rest", "weights": {"en": 1.0}},
+    ]
+    built, mix = opened(place, schedule=schedule)
+    steps = steps_of_one_pass(built, mix, ROWS)
+    (told,) = asked_warnings(make_data_plan(built, mix, steps, ROWS))
+    assert told.startswith("epochs: 5 steps in the phases")
 
 
 def test_stages_divide_the_epochs_and_are_warned_of_once(tmp_path: Path) -> None:
