@@ -33,6 +33,7 @@ SCHEDULE = [
         "share": 0.5,
         "weights": {"ja_essay": 0.8, "en_web": 0.2},
         "to": {"ja_essay": 0.3, "en_web": 0.2, "en_math": 0.5},
+        "to_lr_factor": 0.4,
     },
     {"name": "anneal", "share": "rest", "weights": {"en_web": 0.4, "en_math": 0.6}},
 ]
@@ -42,10 +43,10 @@ SCHEDULE = [
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("schedule")
     sources = []
-    for name, language, weight in (
-        ("ja_essay", "ja", 0.6),
-        ("en_web", "en", 0.4),
-        ("en_math", "math", 0.0),
+    for name, language, read in (
+        ("ja_essay", "ja", {"epochs": 1}),
+        ("en_web", "en", {"epochs": 0.5}),
+        ("en_math", "math", {"weight": 0.0}),
     ):
         sources.append(
             {
@@ -53,8 +54,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "language": language,
                 "domain": name,
                 "path": str(ROOT / "data_pipeline" / "sample" / f"{name}.jsonl"),
-                "weight": weight,
                 "held_out_share": 0.1,
+                **read,
             }
         )
     mix = {"seq_len": 64, "seed": 1, "guard": SMALL_GUARD, "sources": sources}
@@ -123,7 +124,8 @@ def test_phases_draw_their_sources_and_the_rate_falls_with_the_last_one(whole: P
     total = sum(tokens["shift"].values())
     assert tokens["shift"]["en_math"] / total == pytest.approx(0.25, abs=63 / total)
     rates = [one["lr"] for one in steps]
-    assert rates[:SHIFT] == [LEARNING_RATE] * SHIFT
+    factors = [1.0, 0.8, 0.6, 0.4]  # a line from 1 that the last step of the phase ends
+    assert rates[:SHIFT] == pytest.approx([LEARNING_RATE * factor for factor in factors])
     assert rates[SHIFT:] == pytest.approx([LEARNING_RATE * part / 2 for part in (1, 0)])
 
 
@@ -142,3 +144,17 @@ def test_resumed_in_the_linear_phase_by_one_rank_it_has_the_same_batches_and_los
             assert step[key] == expected[key], key
         # fp32 sums in another order, as in test_layout_parity
         assert step["loss"] == pytest.approx(expected["loss"], rel=2e-5)
+
+
+def test_weights_of_the_first_phase_follow_from_the_epochs_and_the_build(whole: Path) -> None:
+    ledger = read_manifest(step_folder(whole, STEPS)).state["ledger"]
+    main = ledger["segments"][0]
+    asked = {name: source.get("epochs") for name, source in main["settings"]["sources"].items()}
+    assert asked == {"ja_essay": 1, "en_web": 0.5, "en_math": None}
+    (built,) = (whole.parent / "data").glob("*/manifest.json")
+    tokens = {}
+    for source in json.loads(built.read_text())["sources"]:
+        tokens[source["name"]] = source["predicted_tokens"]
+    total = tokens["ja_essay"] + 0.5 * tokens["en_web"]
+    assert main["weights"]["ja_essay"] == pytest.approx(tokens["ja_essay"] / total)
+    assert main["weights"]["en_math"] == 0
