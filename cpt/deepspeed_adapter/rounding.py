@@ -5,12 +5,13 @@ experts' matrices are overwritten with what rounding makes of them. Autograd's g
 to a working weight is applied to its master: the straight-through estimator, without code for it.
 
 Decisions
-    A matrix is rounded where it lies. Under ZeRO-3 that is this rank's part, on the device, on the
-    host or in a file; a part consists of whole blocks, or the run is refused at start
-    (`cpt.config.block_parts`). Under ZeRO 1 and 2 it is the whole matrix, after the ranks have
-    gathered it: parts would cut blocks there, and every rank has the matrix anyway.
-    Only copies are rounded. Where DeepSpeed keeps one tensor as working and as master weight,
-    `separate_masters` gives the optimizer a tensor of its own before the first values arrive.
+    A matrix is rounded in place. Under ZeRO-3 that is this rank's part, on the device, on the host
+    or in a file; a part consists of whole blocks, or the run is refused at start
+    (`cpt.config.block_parts`). What lies on the host of a GPU travels to it in pieces. Under ZeRO 1
+    and 2 it is the whole matrix, after the ranks have gathered it: parts would cut blocks there,
+    and every rank has the matrix anyway.
+    Only copies are rounded: master weights are tensors of their own, also where both are fp32
+    (tests/dist/test_quantized_training.py would see it if a version of DeepSpeed shared them).
 
 Read in deepspeed 0.19.8: runtime/zero/stage3.py (`_create_fp32_partitions`,
 `_reassign_or_swap_out_partitioned_parameters`, `_post_step`), runtime/zero/stage_1_and_2.py
@@ -55,26 +56,6 @@ def block_columns(parameter: Any, block_inputs: int) -> torch.Tensor:
     held = getattr(parameter, "ds_tensor", parameter).data
     columns_nBR: torch.Tensor = held.view(-1, block_inputs, full_local_shape(parameter)[2])
     return columns_nBR
-
-
-def separate_masters(engine: Any) -> None:
-    """Give the optimizer master weights of its own where they are the working weights themselves.
-
-    ZeRO-3 does so where both are fp32 and on one device. It has to be undone before the optimizer
-    has state, and takes 4 bytes for each weight of a group with experts.
-    """
-    if engine.zero_optimization_stage() != 3:
-        return
-    zero = engine.optimizer
-    for index, (working, master) in enumerate(
-        zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
-    ):
-        has_experts = any(is_expert_matrix(parameter) for parameter in zero.fp16_groups[index])
-        if not has_experts or working.data_ptr() != master.data_ptr():
-            continue
-        own = master.detach().clone().requires_grad_()
-        own.ds_id = master.ds_id
-        zero.fp32_partitioned_groups_flat[index] = own
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ from cpt.deepspeed_adapter.rounding import (
     block_columns,
     expert_matrices,
     publish_rounded_experts,
-    separate_masters,
 )
 from cpt.model.kernels.block_rounding import round_blocks, round_blocks_
 from cpt.model.weights import mxfp4
@@ -51,8 +50,6 @@ class ExpertRounding:
         self._device = device
         self._clock = clock
         self._is_told = False
-        if section.is_on:
-            separate_masters(deepspeed)
 
     def after_step(self, step: int, *, applied: bool) -> None:
         """Round the weights after a step, if it is time; all ranks call it together.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,25 +95,3 @@ def test_frozen_matrices_that_an_export_would_change_are_warned_of_once(
     assert torch.equal(engine.module.matrix, before)
     levels = [record.levelno for record in caplog.records]
     assert levels == [logging.INFO] + [logging.WARNING] * warnings
-
-
-def test_masters_that_are_the_working_weights_become_copies_in_groups_of_experts() -> None:
-    shared = [torch.randn(4), torch.randn(4)]
-    other = torch.randn(4)
-    expert = nn.Parameter(torch.zeros(1, 32, 2))
-    mark_expert(expert, 1)
-    masters: list[Any] = [shared[0], shared[1], other]
-    for number, master in enumerate(masters):
-        master.ds_id = f"{number}"
-    zero = SimpleNamespace(
-        fp16_groups=[[expert], [nn.Parameter(torch.zeros(2))], [expert]],
-        fp16_partitioned_groups_flat=[shared[0], shared[1], other.clone()],
-        fp32_partitioned_groups_flat=masters,
-    )
-    engine = SimpleNamespace(optimizer=zero, zero_optimization_stage=lambda: 3)
-    section = QuantizeSection(experts="mxfp4", start_step=0)
-    ExpertRounding(section, engine, torch.device("cpu"), PhaseClock())
-    own, replica, separate = zero.fp32_partitioned_groups_flat
-    assert own.data_ptr() != shared[0].data_ptr() and torch.equal(own, shared[0])
-    assert own.requires_grad and own.ds_id == "0"
-    assert replica is shared[1] and separate is other
