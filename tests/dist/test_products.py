@@ -3,7 +3,7 @@
 The oracle is transformers' eager gpt-oss with explicit masks and torch's AdamW, in whose inner
 layers experts and projections are those of tests/model/products/straight_through.py.
 
-Tolerances: 1e-6 in loss, and 1e-6 relative in the norm. Only sums have another order: a value that
+Tolerances: 1e-6 in loss, and 2e-6 relative in the norm. Only sums have another order: a value that
 lies on a border between two codes within the last bits of fp32 may move to the next one, but in
 this model, whose biases outweigh its products, that is less than 1e-7 of the loss. Rounding as a
 whole is 3.5e-6 of it, so the comparison of losses shows whether anything was rounded, and where.
@@ -34,6 +34,7 @@ from tests.dist.cases import (
     Scenario,
     parameter_file,
     reference_model,
+    rows_of_two_passes,
 )
 from tests.dist.test_layout_parity import (
     LAYOUTS,
@@ -54,7 +55,7 @@ ROWS: dict[str, Any] = {"experts": "fp8", "attention": "fp8", "scaling": "rows"}
 BLOCKS: dict[str, Any] = {**ROWS, "scaling": "blocks"}
 ROUNDED_LAYERS = (1, 2)
 LOSS_TOLERANCE = 1e-6
-NORM_TOLERANCE = 1e-6
+NORM_TOLERANCE = 2e-6
 
 
 def scenario(world_size: int, sp: int, ep: int, stage: int, **given: Any) -> Scenario:
@@ -76,11 +77,14 @@ QUICK = [
 ]
 BF16 = scenario(2, 1, 2, 3, dtype="bf16", micro_batch_size=4, steps=1)
 TABLE = [
-    *(scenario(w, s, e, z, micro_batch_size=1) for w, s, e, z in LAYOUTS),
+    *(
+        scenario(w, s, e, z, micro_batch_size=rows_of_two_passes(w, s) if z == 3 else 1)
+        for w, s, e, z in LAYOUTS
+    ),
     scenario(1, 1, 1, 3, products=BLOCKS),
-    scenario(4, 2, 2, 3, products=BLOCKS, checkpointing=True),
+    scenario(4, 2, 2, 3, products=BLOCKS, checkpointing=True, micro_batch_size=2),
     scenario(4, 1, 4, 3, checkpointing=True, expert_recompute="keep", micro_batch_size=2),
-    scenario(4, 1, 2, 3, expert_overlap="halves", products=BLOCKS),
+    scenario(4, 1, 2, 3, expert_overlap="halves", products=BLOCKS, micro_batch_size=2),
     scenario(2, 1, 2, 3, products={"experts": "fp8"}),
     scenario(2, 2, 1, 3, products={"attention": "fp8", "bf16_layers": [0, 0]}),
     scenario(2, 1, 2, 3, offloads={"optimizer": "cpu", "param": "cpu"}),
@@ -235,7 +239,7 @@ def test_each_choice_of_products_has_a_loss_or_a_norm_of_its_own() -> None:
         for other in found[:index]:
             in_loss = abs(one.losses[0] - other.losses[0])
             in_norm = abs(one.norms[0] / other.norms[0] - 1)
-            assert in_loss > 2 * LOSS_TOLERANCE or in_norm > 5 * NORM_TOLERANCE
+            assert in_loss > 2 * LOSS_TOLERANCE or in_norm > 2 * NORM_TOLERANCE
 
 
 @pytest.mark.slow
