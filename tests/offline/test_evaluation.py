@@ -354,7 +354,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, right: int) -> list[dict[str, Any]
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("cpt.offline.evaluation.harness.harness_tokenizer", lambda _: None)
     monkeypatch.setattr(
-        "cpt.offline.evaluation.comparison.load_export", lambda *_: torch.nn.Identity()
+        "cpt.offline.evaluation.scored_model.load_export", lambda *_: torch.nn.Identity()
     )
     return calls
 
