@@ -16,11 +16,20 @@ from cpt.config.precision_sections import ExponentRule
 from cpt.errors import CheckpointError
 from cpt.export.export_base import BaseExpert
 from cpt.export.rounding_sums import RoundingSums
+from cpt.model.kernels.block_rounding import round_blocks
 from cpt.model.weights import mxfp4
 from cpt.model.weights.values import MAX_TENSORS
 
 Codes = tuple[torch.Tensor, torch.Tensor]
 """Blocks (1, R, b, 16) and scales (1, R, b)."""
+_RULE_OF_CODES: dict[ExponentRule, ExponentRule] = {
+    "floor": "floor",
+    "ceil": "ceil",
+    "least": "floor",
+}
+"""The rule that gives rounded values the codes that a rule gives them: nothing is lost with the
+exponent of `floor`, and so `least` takes it.
+"""
 
 
 class ExpertRounder:
@@ -39,19 +48,17 @@ class ExpertRounder:
             exact_1CR: The expert in bf16.
             base: The same expert of the base; None if there is none.
         """
-        codes = mxfp4.encode(exact_1CR, self.rule)
-        rounded_1CR = mxfp4.decode(*codes)
-        if self.rule != "floor":
-            # Rounded up or down, the largest value of a block may use less of its range. Rounding
-            # it again gives other codes for the same values, and those never change any more.
-            codes = mxfp4.encode(rounded_1CR, self.rule)
+        rounded_1CR = round_blocks(exact_1CR, self.rule)
+        # The codes are those of the rounded values, whose largest one may use less of the range of
+        # its block than the one before: then an export of the export has the same codes.
+        codes = mxfp4.encode(rounded_1CR, _RULE_OF_CODES[self.rule])
         sums = self.sums.setdefault(name, RoundingSums())
         sums.add(exact_1CR, rounded_1CR)
         if base is None:
             return codes
         in_mxfp4_1CR = base.values_1CR
         if base.codes is None:
-            in_mxfp4_1CR = mxfp4.rounded(base.values_1CR, self.rule)
+            in_mxfp4_1CR = round_blocks(base.values_1CR, self.rule)
         sums.compare(exact_1CR, rounded_1CR, base.values_1CR, in_mxfp4_1CR)
         if base.codes is None:
             return codes

@@ -29,7 +29,8 @@ class ExponentChoice:
     def writes_what_was_trained(self) -> bool:
         """Whether the exported values are those of the last forward pass, if they are finite.
 
-        Training computes with decode(encode(bf16(master weights))), which the export holds.
+        Training computes with decode(encode(bf16(master weights))), which the export holds. Frozen
+        matrices are not rounded in training: theirs are the same if rounding changes nothing.
         """
         return self.trained == self.rule
 

@@ -11,7 +11,7 @@ warnings             what a person should do something about
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cpt.export.exponent_choice import ExponentChoice
@@ -42,6 +42,11 @@ TRAINED_VALUES = (
     "(train.quantize), and all values are finite. The errors are those of the fp32 master weights, "
     "with which no forward pass computed."
 )
+FROZEN_VALUES = (
+    "The run rounded the experts that it trained by the same rule (train.quantize), but computed "
+    "with {frozen} frozen expert matrices that have values which MXFP4 does not have, so the "
+    "exported model is not the one that was trained."
+)
 OTHER_RULE = (
     "The run rounded its experts by another rule in training ({trained}), so the exported values "
     "are not those that were trained."
@@ -70,6 +75,7 @@ def rounding_report(
     base: ExportBase | None,
     absent: str,
     sums: Mapping[str, RoundingSums],
+    frozen: Collection[str] = (),
 ) -> Json:
     """Return the report of an export, without held-out text.
 
@@ -80,11 +86,13 @@ def rounding_report(
         base: The model that it was compared with; None if there was none.
         absent: Why there was none.
         sums: What was counted, by tensor.
+        frozen: Tensors that the run did not train.
     """
     report: Json = choice.to_json()
     notes = []
     if choice.writes_what_was_trained:
-        notes.append(TRAINED_VALUES)
+        changed = sum(sums[name].largest_error > 0 for name in frozen)
+        notes.append(FROZEN_VALUES.format(frozen=changed) if changed else TRAINED_VALUES)
     elif choice.trained is not None:
         notes.append(OTHER_RULE.format(trained=choice.trained))
     if base is None:

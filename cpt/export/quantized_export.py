@@ -46,6 +46,7 @@ class QuantizedExport:
         self._base = None if found.path is None else open_base(found.path, manifest)
         self._absent = found.absent
         self._choice = choice
+        self._manifest = manifest
         self._rounder = ExpertRounder(choice.rule)
         self._finite = FiniteCheck()
 
@@ -85,7 +86,10 @@ class QuantizedExport:
         self._finite.refuse(checkpoint)
         if self._base is not None:
             self._base.refuse_unusable()
-        report = rounding_report(self._choice, self._base, self._absent, self._rounder.sums)
+        sums = self._rounder.sums
+        stored = self._manifest.tensors
+        frozen = [name for name in sums if name in stored and not stored[name].trained]
+        report = rounding_report(self._choice, self._base, self._absent, sums, frozen)
         return with_held_out(report, [])
 
 

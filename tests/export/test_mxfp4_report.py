@@ -21,6 +21,7 @@ from cpt.export.huggingface import export_checkpoint
 from cpt.export.mxfp4_report import (
     AGAINST_ROUNDED_BASE,
     BYTES_MAY_DIFFER,
+    FROZEN_VALUES,
     OTHER_RULE,
     REPORT_FILE,
     TRAINED_VALUES,
@@ -31,6 +32,7 @@ from cpt.export.rounding_sums import RoundingSums, merged_sums
 from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, SINGLE_FILE, is_expert_matrix
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
+from tests.support.mxfp4_blocks import as_matrices, hard_blocks
 from tests.support.mxfp4_exports import moved, release, save_checkpoint, save_model
 
 DOWN = "model.layers.0.mlp.experts.down_proj"
@@ -122,6 +124,20 @@ def test_an_export_of_an_export_has_the_same_bytes(tmp_path: Path, rule: Exponen
         again = save_checkpoint(tmp_path / f"again-{number}", loaded, start)
         second, _ = export(again, tmp_path / f"second-{number}", rule)
         assert same(second, first)
+
+
+@pytest.mark.parametrize("rule", EXPONENT_RULES)
+def test_codes_of_rounded_values_never_change_any_more(rule: ExponentRule) -> None:
+    """Also without a base, and where all values of a block are rounded to 0."""
+    matrices = as_matrices(hard_blocks(20), 96).bfloat16()
+    exact = torch.where(matrices.isfinite(), matrices, 1.0)
+    for matrix in exact.unsqueeze(1):
+        codes = ExpertRounder(rule).round(DOWN, matrix, None)
+        values = mxfp4.decode(*codes)
+        expected = mxfp4.rounded(matrix, rule)
+        assert torch.equal(values.view(torch.int16), expected.view(torch.int16))
+        again = ExpertRounder(rule).round(DOWN, values, None)
+        assert torch.equal(again[0], codes[0]) and torch.equal(again[1], codes[1])
 
 
 def naive(trained: torch.Tensor, base: torch.Tensor, rule: ExponentRule) -> dict[str, float]:
@@ -273,6 +289,19 @@ def test_a_run_that_rounded_in_training_is_exported_by_its_rule_and_says_so(
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert report["quantized_training"] == {"from_step": 2, "rule": "ceil"}
     assert report["exponent"] == "ceil" and TRAINED_VALUES in report["notes"]
+
+
+def test_a_frozen_matrix_that_rounding_changes_is_not_called_what_was_trained(
+    tmp_path: Path,
+) -> None:
+    """Training rounds what it trains, and computes with frozen matrices as they are."""
+    _, values = release("floor")
+    for number, (start, expected) in enumerate(
+        ((values, TRAINED_VALUES), (moved(values, 0.05), FROZEN_VALUES.format(frozen=1)))
+    ):
+        step = save_checkpoint(tmp_path / f"run-{number}", start, None, QUANTIZE, frozen=[UP])
+        _, report = export(step, tmp_path / f"out-{number}")
+        assert report["notes"][0] == expected
 
 
 def test_another_rule_than_that_of_training_must_be_accepted(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,6 +91,7 @@ def save_checkpoint(
     values: Mapping[str, torch.Tensor],
     base: Path | None,
     quantize: dict[str, Any] | None = None,
+    frozen: Collection[str] = (),
 ) -> Path:
     """Save a checkpoint of a run.
 
@@ -99,12 +100,16 @@ def save_checkpoint(
         values: All tensors of the model.
         base: What the run started from; None for random weights.
         quantize: The `train.quantize` section, if the experts were rounded.
+        frozen: Tensors that the run has not trained.
     """
     tensors = {}
     records = {}
     for name, value in values.items():
         tensors[f"master/{name}"] = value.float()
-        records[name] = TensorRecord(shape=tuple(value.shape), dtype="float32", trained=False)
+        is_trained = quantize is not None and name not in frozen  # moments take time to write
+        if is_trained:
+            tensors[f"exp_avg/{name}"] = tensors[f"exp_avg_sq/{name}"] = torch.zeros(value.shape)
+        records[name] = TensorRecord(shape=tuple(value.shape), dtype="float32", trained=is_trained)
     config: dict[str, Any] = {"model": {"path": None if base is None else str(base)}}
     config["data"] = {"mix": "mix.yaml", "build_dir": None}
     config["guard"] = {"max_documents": 100}
