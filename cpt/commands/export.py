@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.score_rules:
         tell(export_with_rules(options.run_dir, folder, options.out, form, ranks))
         if options.exponent is None:
-            tell(_how_to_export(options))
+            tell(how_to_export(options, folder))
             return
     else:
         export_run(options.run_dir, folder, options.out, form, options.score, ranks)
@@ -130,17 +130,27 @@ def _option_problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _how_to_export(options: argparse.Namespace) -> str:
-    """Return how to go on after a comparison of the rules."""
-    command = ["cpt", "export", "--run_dir", str(options.run_dir)]
-    if options.step is not None:
-        command += ["--step", str(options.step)]
+def how_to_export(options: argparse.Namespace, folder: Path) -> str:
+    """Return how to go on after a comparison of the rules.
+
+    The command names the step, because the run may save newer ones. It asks for the scores, because
+    `--score auto` uses none for a large model on a CPU, and is refused on several ranks.
+    """
+    from cpt.checkpoint.manifest import read_manifest
+    from cpt.checkpoint.run_state import quantized_by
+    from cpt.export.exponent_choice import ACCEPT_OPTION
+
+    manifest = read_manifest(folder)
+    command = ["cpt", "export", "--run_dir", str(options.run_dir), "--step", str(manifest.step)]
     if options.base is not None:
         command += ["--base", str(options.base)]
-    command += ["--format", "mxfp4", "--exponent", "RULE", "--out", str(options.out)]
+    command += ["--format", "mxfp4", "--exponent", "RULE", "--score", "always"]
+    command += ["--out", str(options.out)]
+    trained = quantized_by(manifest)
+    other = "" if trained is None else f" Any rule but {trained} needs {ACCEPT_OPTION}, too."
     return (
         "Nothing is exported yet. With RULE being one of these, this exports without scoring again "
-        f"(add --score_rules to keep the table with the export):\n    {shlex.join(command)}"
+        f"(add --score_rules to keep the table with the export).{other}\n    {shlex.join(command)}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.cli import main
+from cpt.commands.export import how_to_export
 from cpt.export import huggingface, mxfp4_scoring
 from cpt.export.mxfp4_cost import COST_FILE
 from cpt.export.mxfp4_report import REPORT_FILE
@@ -25,6 +27,7 @@ from cpt.model.weights.hf_layout import SINGLE_FILE, is_expert_matrix
 from cpt.offline.model import OfflineModel
 from cpt.offline.scored_sets import SetScorer
 from tests.support.mxfp4_exports import (
+    STEP,
     Tensors,
     held_out_text,
     release,
@@ -218,7 +221,8 @@ def test_rules_are_compared_without_an_export_and_one_of_them_follows_without_sc
     first_words = [line.split(" ")[0] for line in printed.splitlines()]
     assert first_words[:4] == ["rule", "floor", "ceil", "least"]
     assert first_words[6:9] == ["domain", "japanese", "english"]
-    assert "Nothing is exported yet" in printed and "--exponent RULE --out" in printed
+    assert "Nothing is exported yet" in printed and "--exponent RULE --score always" in printed
+    assert f"--step {STEP} " in printed, "the run may save newer ones"
     assert not out.exists() and out.with_name("out.partial").is_dir()
     models = ["bf16", "mxfp4-floor", "base-experts", "mxfp4-ceil", "mxfp4-least"]
     assert loaded == models
@@ -311,7 +315,9 @@ def test_another_rule_than_that_of_training_is_refused_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, values = release("ceil")
-    save_checkpoint(tmp_path / "run", values, None, QUANTIZE)
+    folder = save_checkpoint(tmp_path / "run", values, None, QUANTIZE)
+    comparing = Namespace(run_dir=tmp_path / "run", base=None, out=tmp_path / "out")
+    assert "Any rule but least needs --accept_rule_change" in how_to_export(comparing, folder)
     arguments = command(tmp_path, tmp_path / "out", "--exponent", "floor", "--score", "never")
     assert main(arguments) == 78
     assert "rounded by the rule least (train.quantize)" in capsys.readouterr().err
