@@ -134,9 +134,10 @@ def test_recomputation_gives_the_bits_of_a_layer_that_is_kept() -> None:
         assert torch.equal(value, kept[name]), name
 
 
-def test_model_in_evaluation_mode_rounds_nothing() -> None:
-    plain = loss_and_gradients(built(None).eval())
-    rounded = loss_and_gradients(built(CHOSEN).eval())
+@pytest.mark.parametrize("section", [None, LORA], ids=["whole model", "adapter"])
+def test_model_in_evaluation_mode_rounds_nothing(section: AdapterSection | None) -> None:
+    plain = loss_and_gradients(built(None, section).eval())
+    rounded = loss_and_gradients(built(CHOSEN, section).eval())
     for name, value in plain.items():
         assert torch.equal(value, rounded[name]), name
 
