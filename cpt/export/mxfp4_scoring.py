@@ -28,11 +28,12 @@ from cpt.errors import ConfigError, DataError
 from cpt.export.exponent_choice import ExponentChoice
 from cpt.export.export_base import BaseChoice, ExportBase, choose_base, open_base
 from cpt.export.mxfp4_cost import costs_by_domain
-from cpt.export.rounded_weights import FiniteWeights, RoundedWeights, WithExpertsOf
+from cpt.export.rounded_weights import FiniteWeights, WithExpertsOf
 from cpt.export.survived import survived_by_domain
 from cpt.guard.score import DomainScore, ScoredSet
 from cpt.model.adapters.merged import AdaptedWeights
 from cpt.model.parameters import parameter_numels
+from cpt.model.weights.rounded_weights import RoundedWeights
 from cpt.model.weights.writer import refuse_existing
 from cpt.offline.model import OfflineModel, held_out_sets
 from cpt.offline.pieces import Pieces, kept_pieces, partial_folder

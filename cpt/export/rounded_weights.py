@@ -1,52 +1,18 @@
-"""Weights as an MXFP4 export of them would hold them, and others to compare with, without files.
+"""Weights to compare an MXFP4 export with, without files.
 
 So the cost of rounding is known before anything is written, and every rank rounds its own experts.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 
-from cpt.config.precision_sections import ExponentRule
 from cpt.export.expert_rounding import FiniteCheck
-from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import is_expert_matrix
+from cpt.model.weights.rounded_weights import Shapes
 from cpt.model.weights.source import WeightSource
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shape of every tensor by name."""
-
-
-class RoundedWeights:
-    """A source whose expert matrices are rounded to MXFP4 and decoded again."""
-
-    def __init__(self, source: WeightSource, shapes: Shapes, rule: ExponentRule = "floor") -> None:
-        """Take the weights to round.
-
-        Args:
-            source: Weights in bf16, the dtype that an export rounds from.
-            shapes: Shape of every tensor.
-            rule: How the exponent of a block is chosen.
-        """
-        self._source = source
-        self._shapes = shapes
-        self._rule = rule
-
-    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """See `cpt.model.weights.source.WeightSource`; ranges of expert matrices hold experts."""
-        shape = self._shapes[name]
-        if not is_expert_matrix(name, shape):
-            yield from self._source.pieces(name, start, stop)
-            return
-        expert_numel = math.prod(shape[1:])
-        assert start % expert_numel == 0 and stop % expert_numel == 0, (name, start, stop)
-        for low in range(start, stop, expert_numel):
-            pieces = self._source.pieces(name, low, low + expert_numel)
-            exact = torch.cat([values for _, values in pieces]).view(1, *shape[1:])
-            yield low, mxfp4.rounded(exact, self._rule).flatten()
 
 
 class WithExpertsOf:

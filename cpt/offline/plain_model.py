@@ -18,7 +18,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.model_config import model_config_of
-from cpt.checkpoint.model_weights import open_weights
+from cpt.checkpoint.served_weights import served_weights
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
@@ -55,7 +55,7 @@ def load_export(path: Path, device_map: DeviceMap = "one") -> Any:
 
 
 def load_checkpoint(folder: Path, device_map: DeviceMap = "one", base: Path | None = None) -> Any:
-    """Return the model of a verified checkpoint in bf16, as its export would be.
+    """Return the model of a verified checkpoint in bf16, as it would be served.
 
     Args:
         folder: The checkpoint.
@@ -67,7 +67,7 @@ def load_checkpoint(folder: Path, device_map: DeviceMap = "one", base: Path | No
         ConfigError: the base of an adapter is not there, or is another model.
     """
     manifest = read_manifest(folder)
-    source = open_weights(folder, manifest, torch.bfloat16, base)
+    source = served_weights(folder, manifest, base)
     return _placed(_filled(model_config_of(manifest), source, torch.bfloat16), device_map)
 
 

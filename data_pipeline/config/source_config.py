@@ -278,11 +278,12 @@ class SourceConfig:
                 f"is {self.epochs:g}, must be above 0 and at most {MAX_EPOCHS:,}. A source that is "
                 "never trained on has weight: 0 in its place.",
             )
-        elif self.max_epochs is not None and self.epochs > self.max_epochs:
+        elif self.max_epochs is not None and self.epochs >= self.max_epochs:
             yield (
                 "epochs",
-                f"is {self.epochs:g}, above max_epochs {self.max_epochs:g}. Lower it, or raise "
-                "max_epochs.",
+                f"is {self.epochs:g}, must be below max_epochs {self.max_epochs:g}: a run draws "
+                "whole batches, so it ends a little behind its epochs. Lower it, raise max_epochs "
+                "by a hundredth or more, or remove it.",
             )
 
     def _check_template(self) -> Iterator[Problem]:

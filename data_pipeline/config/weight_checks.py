@@ -32,7 +32,8 @@ def check_weights(
         schedule: The parsed phases.
     """
     for index, source in sources.items():
-        given = [key for key in ("weight", "epochs") if key in source]
+        given = ["weight"] if "weight" in source else []
+        given += ["epochs"] if source.get("epochs") is not None else []
         if not given:
             reader.problem(
                 ("sources", index, "weight"),

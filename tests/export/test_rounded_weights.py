@@ -11,13 +11,13 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.config.precision_sections import ExponentRule
-from cpt.export.rounded_weights import RoundedWeights
 from cpt.model.configuration import PRESETS
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights import mxfp4
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.hf_layout import is_expert_matrix
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
+from cpt.model.weights.rounded_weights import RoundedWeights
 
 
 @pytest.mark.parametrize("rule", EXPONENT_RULES)

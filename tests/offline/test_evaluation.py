@@ -22,7 +22,7 @@ from cpt.errors import ConfigError, DataError, EvaluationFailed
 from cpt.export.huggingface import export_checkpoint
 from cpt.export.tokenizer import save_tokenizer
 from cpt.model.configuration import load_config
-from cpt.offline.evaluation import harness
+from cpt.offline.evaluation import comparison, harness
 from cpt.offline.evaluation.comparison import evaluate
 from cpt.offline.evaluation.harness import REQUESTS
 from cpt.offline.evaluation.local import local_contents
@@ -181,6 +181,15 @@ def test_a_run_with_an_adapter_is_scored_as_its_merged_export(
     assert scored.model == str(step)
     assert run(folder, models["good"], "--no_baseline", "--out", str(folder / "c.json")) == 0
     assert read_result(folder / "c.json").scores != merged.scores
+
+
+def test_ranks_that_found_different_checkpoints_are_refused(
+    models: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tasks(folder, [TEXT_TASK])
+    monkeypatch.setattr(comparison, "gather_json", lambda name, _: [name, "step-00000009"])
+    with pytest.raises(ConfigError, match=r"different checkpoints: good, step-00000009.*--step"):
+        evaluate(ExportedModel(models["good"]), folder / "tasks.yaml", folder / "a.json", None)
 
 
 def test_step_and_base_without_a_run_are_refused(

@@ -1,7 +1,7 @@
 """What `cpt evaluate` scores: an exported directory, or the checkpoint of a run.
 
-A checkpoint is scored as its export in bf16 would be; of an adapter that is its base with the
-adapter added, without a merged copy on disk.
+A checkpoint is scored as its export in bf16 would be, or in MXFP4 where training rounded the
+experts; of an adapter that is its base with the adapter added, without a merged copy on disk.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from transformers import GptOssConfig
 
 from cpt.checkpoint.manifest import MANIFEST, read_manifest
 from cpt.checkpoint.model_config import model_config_of
-from cpt.checkpoint.model_weights import open_weights
+from cpt.checkpoint.served_weights import served_weights
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.checksums import model_hash, weights_identity
@@ -91,12 +90,12 @@ class ModelOfCheckpoint:
         return model_config_of(read_manifest(self.path))
 
     def weights(self) -> WeightSource:
-        """Return its weights in bf16, as an export holds them.
+        """Return its weights in bf16, as they would be served.
 
         Raises:
             ConfigError: the base of an adapter is not there, or is another model.
         """
-        return open_weights(self.path, read_manifest(self.path), torch.bfloat16, self.base)
+        return served_weights(self.path, read_manifest(self.path), self.base)
 
     def identity(self) -> str:
         """Return what its manifest is known by, which has the hashes of its files and its base."""

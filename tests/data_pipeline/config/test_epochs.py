@@ -63,8 +63,18 @@ def test_epochs_that_cannot_be_are_refused(path: Path) -> None:
     }
     told = problems_of(path, sources)
     assert "sources[0].epochs is 0, must be above 0 and at most 10,000" in told
-    assert "sources[1].epochs is 3, above max_epochs 2" in told
+    assert "sources[1].epochs is 3, must be below max_epochs 2" in told
     assert "sources[2].held_out_share is 1, which leaves nothing to train on" in told
+
+
+def test_a_ceiling_at_the_epochs_which_no_run_keeps_is_refused(path: Path) -> None:
+    told = problems_of(path, {name: {"epochs": 2, "max_epochs": 2} for name in TEXTS})
+    assert "sources[0].epochs is 2, must be below max_epochs 2: a run draws whole batches" in told
+
+
+def test_epochs_of_null_are_no_epochs(path: Path) -> None:
+    told = problems_of(path, {"ja": {"weight": 0.5}, "en": {"epochs": None}, "held": {"weight": 0}})
+    assert "sources[1].weight is missing" in told
 
 
 def test_a_schedule_without_a_phase_for_the_epochs_is_refused(path: Path) -> None:
