@@ -197,3 +197,10 @@ def test_any_stored_configuration_is_described_or_refused(state: Any, values: An
         assert found.describe()
         with suppress(ConfigError):
             found.check()
+
+
+def test_a_factor_of_a_few_steps_of_a_long_run_is_seen() -> None:
+    train = replace(BEFORE, total_steps=1_000_000, schedule="constant")
+    phases = (factor("a", 0, 7_001, 1, 1), factor("b", 7_001, 7_003, 0.5, 0.5))
+    changed = (*phases, factor("c", 7_003, 1_000_000, 1, 1))
+    assert seam_of(plain(train), train, factors=changed).changes_schedule()
