@@ -107,7 +107,7 @@ def _run(options: argparse.Namespace) -> None:
     else:
         export_run(options.run_dir, folder, options.out, form, options.score, ranks)
     if rank_of_environment() == 0:
-        _describe(folder, options.out)
+        _describe(folder, options.out, options.format)
 
 
 def _option_problems(options: argparse.Namespace) -> list[str]:
@@ -154,10 +154,11 @@ def how_to_export(options: argparse.Namespace, folder: Path) -> str:
     )
 
 
-def _describe(folder: Path, out: Path) -> None:
+def _describe(folder: Path, out: Path, format_name: str) -> None:
     """Say what to know of an export, and on stderr what to do something about."""
-    from cpt.export.run_export import describe_export, warnings_of
+    from cpt.checkpoint.manifest import read_manifest
+    from cpt.export.run_export import describe_export, warnings_of, warnings_of_masters
 
     say(f"{describe_export(out)}{folder} -> {out}")
-    for warning in warnings_of(out):
+    for warning in warnings_of(out) + warnings_of_masters(read_manifest(folder), format_name):
         complain(f"warning: {warning}")

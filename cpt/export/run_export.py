@@ -16,6 +16,7 @@ from cpt.checkpoint.adapter_state import AdapterState
 from cpt.checkpoint.lineage import LINEAGE_FILE, lineage_with
 from cpt.checkpoint.manifest import Manifest, read_manifest
 from cpt.checkpoint.model_weights import adapter_of
+from cpt.checkpoint.run_state import quantized_by
 from cpt.config.precision_sections import ExponentRule
 from cpt.errors import ConfigError
 from cpt.export.adapter import BASE_FILE, export_adapter, is_over_mxfp4, serving_section
@@ -40,6 +41,12 @@ UNROUNDED = (
     "that it was trained on, rounds nothing."
 )
 """What the card of a rounded model says of its adapter, if the base was in MXFP4."""
+MASTERS = (
+    "The experts of this run were trained with weights rounded to MXFP4. This export holds the "
+    "master weights, which no forward pass has used; the trained model is that of "
+    "`cpt export --format mxfp4`."
+)
+"""What is said of an export of such a run in a format that does not round."""
 UNROUNDED_BASE = (
     "The adapter of this model alone (`cpt export --format peft`), loaded over its base in bf16, "
     "rounds nothing to MXFP4."
@@ -246,7 +253,7 @@ def _sections(
         return [serving_section(export.manifest, adapter)]
     sections = _vllm_sentences(temporary)
     if not export.rounds:
-        return sections
+        return [*sections, *warnings_of_masters(export.manifest, export.form.format_name)]
     report = _read_json(temporary / REPORT_FILE)
     costs: Sequence[Json] = []
     if held_out is not None:
@@ -286,6 +293,12 @@ def warnings_of(out: Path) -> list[str]:
         return []
     warnings: list[str] = _read_json(out / REPORT_FILE)["warnings"]
     return warnings
+
+
+def warnings_of_masters(manifest: Manifest, format_name: str) -> list[str]:
+    """Return a warning if a format leaves experts unrounded that were trained with rounding."""
+    is_rounded = format_name != "mxfp4" and quantized_by(manifest) is not None
+    return [MASTERS] if is_rounded else []
 
 
 def _cost_section(costs: Sequence[Json]) -> str:

@@ -29,6 +29,7 @@ from cpt.export.mxfp4_report import (
     with_held_out,
 )
 from cpt.export.rounding_sums import RoundingSums, merged_sums
+from cpt.export.run_export import MASTERS, warnings_of_masters
 from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, SINGLE_FILE, is_expert_matrix
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
@@ -302,6 +303,15 @@ def test_a_frozen_matrix_that_rounding_changes_is_not_called_what_was_trained(
         step = save_checkpoint(tmp_path / f"run-{number}", start, None, QUANTIZE, frozen=[UP])
         _, report = export(step, tmp_path / f"out-{number}")
         assert report["notes"][0] == expected
+
+
+def test_only_an_unrounded_export_of_a_run_that_rounded_is_warned_of(tmp_path: Path) -> None:
+    _, values = release("floor")
+    rounded_run = read_manifest(save_checkpoint(tmp_path / "run", values, None, QUANTIZE))
+    plain_run = read_manifest(save_checkpoint(tmp_path / "plain", values, None))
+    assert warnings_of_masters(rounded_run, "bf16") == [MASTERS]
+    assert warnings_of_masters(rounded_run, "mxfp4") == []
+    assert warnings_of_masters(plain_run, "fp32") == []
 
 
 def test_another_rule_than_that_of_training_must_be_accepted(tmp_path: Path) -> None:
