@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from cpt.config.precision_sections import ExponentRule
-from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import is_expert_matrix
+from cpt.model.weights.mxfp4_rounding import round_by_bits
 from cpt.model.weights.source import WeightSource
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -42,4 +42,5 @@ class RoundedWeights:
         for low in range(start, stop, expert_numel):
             pieces = self._source.pieces(name, low, low + expert_numel)
             exact = torch.cat([values for _, values in pieces]).view(1, *shape[1:])
-            yield low, mxfp4.rounded(exact, self._rule).flatten()
+            round_by_bits(exact, self._rule, exact)
+            yield low, exact.flatten()
