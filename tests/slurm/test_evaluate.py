@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from tests.support.launcher import ROOT
 from tests.support.lm_eval import require_lm_eval
@@ -81,7 +83,8 @@ def workplace(tmp_path: Path) -> Workplace:
     write_python_program(tmp_path / "bin" / "lighteval", LIGHTEVAL)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text("{}")
-    (tmp_path / "export" / "model.safetensors").write_bytes(b"weights")
+    weights = save({"model.norm.weight": torch.ones(4)})
+    (tmp_path / "export" / "model.safetensors").write_bytes(weights)
     records = [{"question": f"What is {n} + 5?", "answer": str(n + 5)} for n in range(200)]
     write_jsonl(tmp_path / "sums.jsonl", records)
     (tmp_path / "tasks").mkdir()
@@ -162,11 +165,19 @@ EXPORTER = """
 if [[ "$3" == export ]]; then
     echo "$*" >>"$CALLS"
     while [[ "$1" != --out ]]; do shift; done
-    mkdir -p "$2" && echo {} >"$2/config.json" && echo "$2" >"$2/model.safetensors"
+    mkdir -p "$2" && echo {} >"$2/config.json" && PYTHON -c "$WRITE_WEIGHTS" "$2"
     exit
 fi
 exec PYTHON "$@"
 """
+
+
+WRITE_WEIGHTS = """
+import sys, torch
+from safetensors.torch import save_file
+save_file({"weight": torch.tensor(list(sys.argv[1].encode()))}, sys.argv[1] + "/model.safetensors")
+"""
+"""Weights that differ between exports."""
 
 
 def test_a_step_is_exported_once_and_named_in_the_result(workplace: Workplace) -> None:
@@ -177,7 +188,11 @@ def test_a_step_is_exported_once_and_named_in_the_result(workplace: Workplace) -
     calls = workplace.folder / "calls"
     out = workplace.folder / "out"
     words = [str(out), "--step", "40", "--only", "physics", "--format", "mxfp4"]
-    variables = {"CPT_VENV": str(workplace.folder / "venv"), "CALLS": str(calls)}
+    variables = {
+        "CPT_VENV": str(workplace.folder / "venv"),
+        "CALLS": str(calls),
+        "WRITE_WEIGHTS": WRITE_WEIGHTS,
+    }
     for _ in range(2):
         code, output = workplace.run(*words, **variables)
         assert code == 0, output

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cpt.config.precision_sections import QuantizeSection
 from cpt.model.experts.router_watch import RouterWatch
 from cpt.parallel.traffic import Traffic
 from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import StepResult, TrainingEngine
 from cpt.training.loader import MicroBatch, cut_rows, filler_row
+from cpt.training.rounding import ExpertRounding
 
 SEQ_LEN = 6
 EXPERTS = 4
@@ -120,6 +122,8 @@ def make_engine(topology: Any) -> Any:
     )
     engine.deepspeed = StandIn(engine.router_watch)
     engine._clock = PhaseClock()
+    device = torch.device("cpu")
+    engine.rounding = ExpertRounding(QuantizeSection(), engine.deepspeed, device, engine._clock)
     engine._sequence_parallel = None
     engine._kernel = None
     engine._positions = MICRO_STEPS * 2 * SEQ_LEN
