@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+from cpt.config.unused_keys import unused_keys
 
 RANK_STEP = 8
 """Grouped products in bf16 want rows that are multiples of 16 bytes."""
@@ -65,15 +66,7 @@ class AdapterSection:
             )
         if not self.targets:
             yield "targets", "is empty, so nothing would be trained. Give attention or experts."
-        yield from self._check_unused()
-
-    def _check_unused(self) -> Iterator[tuple[str, str]]:
-        if self.is_on:
-            return
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) != field.default:
-                yield (
-                    field.name,
-                    f"is {getattr(self, field.name)}, but adapter.kind is none, so there is no "
-                    "adapter. Give adapter.kind: lora, or remove it.",
-                )
+        told = (
+            "adapter.kind is none, so there is no adapter. Give adapter.kind: lora, or remove it."
+        )
+        yield from unused_keys(self, self.is_on, told)

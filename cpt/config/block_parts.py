@@ -11,10 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from cpt.config.layout import nearest_sizes
 from cpt.config.precision_sections import BLOCK, QuantizeSection
-
-NUM_SUGGESTIONS = 3
-"""World sizes that a refusal names."""
 
 
 def block_problems(
@@ -43,11 +41,12 @@ def block_problems(
     columns = block_columns(model)
     if columns % world_size == 0:
         return []
+    divisors = [size for size in range(1, columns + 1) if columns % size == 0]
     return [
         f"train.quantize.experts is mxfp4, but {world_size} ranks cannot share an expert matrix "
         f"under ZeRO-3 without cutting its blocks: {columns} columns of blocks ({BLOCK} inputs of "
         f"all outputs of an expert) are no multiple of {world_size}, whatever autoep_size is. "
-        f"Nearest world sizes that can: {_nearest_divisors(columns, world_size)}. ZeRO stages 1 "
+        f"Nearest world sizes that can: {nearest_sizes(divisors, world_size)}. ZeRO stages 1 "
         "and 2 have no such condition."
     ]
 
@@ -56,10 +55,3 @@ def block_columns(model: Any) -> int:
     """Return what the world size must divide: the columns that both matrices of a layer have."""
     columns_of_an_expert = math.gcd(int(model.hidden_size), int(model.intermediate_size)) // BLOCK
     return int(model.num_local_experts) * columns_of_an_expert
-
-
-def _nearest_divisors(total: int, wanted: int) -> str:
-    """Name the divisors of a number that are next to a value, for a message."""
-    divisors = [size for size in range(1, total + 1) if total % size == 0]
-    nearest = sorted(divisors, key=lambda size: abs(size - wanted))[:NUM_SUGGESTIONS]
-    return ", ".join(str(size) for size in sorted(nearest))

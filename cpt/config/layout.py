@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from cpt.config.sections import LaunchInfo
@@ -18,6 +18,12 @@ class Rule(NamedTuple):
     """Whether a size meets the condition."""
     message: str
     """The sentence about a size that does not, after "is N, which"."""
+
+
+def nearest_sizes(sizes: Iterable[int], wanted: int) -> str:
+    """Name the sizes that are next to a value, for a message."""
+    nearest = sorted(sizes, key=lambda size: abs(size - wanted))[:NUM_SUGGESTIONS]
+    return ", ".join(str(size) for size in sorted(nearest))
 
 
 def divides(total: int, name: str) -> Rule:
@@ -70,8 +76,7 @@ class SizeChooser:
         broken = [rule.message for rule in self._rules if not rule.holds(size)]
         if not broken:
             return ""
-        nearest = sorted(self._valid(), key=lambda valid: abs(valid - size))[:NUM_SUGGESTIONS]
-        options = ", ".join(str(valid) for valid in sorted(nearest))
+        options = nearest_sizes(self._valid(), size)
         return f"is {size}, which {' and '.join(broken)}. Nearest sizes that fit: {options}."
 
     def _valid(self) -> list[int]:

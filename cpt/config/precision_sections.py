@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+from cpt.config.unused_keys import unused_keys
 
 ExponentRule = Literal["floor", "ceil", "least"]
 """How the exponent of an MXFP4 block is chosen; see cpt/model/weights/mxfp4.py."""
@@ -53,7 +54,8 @@ class QuantizeSection:
                 "is not given: from which step on are the experts rounded? Give about two thirds "
                 "of train.total_steps, or 0 for a run that goes on from a trained model.",
             )
-        yield from unused_keys(self, self.is_on, "experts: none, so nothing is rounded")
+        told = "experts: none, so nothing is rounded. Remove it."
+        yield from unused_keys(self, self.is_on, told)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,21 +86,5 @@ class ProductsSection:
                 f"is {list(self.bf16_layers)}, must be two numbers >= 0: the layers at the "
                 "beginning and at the end, such as [1, 1].",
             )
-        told = "experts and attention are bf16, so there are no products in 8 bits"
+        told = "experts and attention are bf16, so there are no products in 8 bits. Remove it."
         yield from unused_keys(self, self.is_on, told)
-
-
-def unused_keys(section: object, is_on: bool, told: str) -> Iterator[tuple[str, str]]:
-    """Yield (key, message) of every key of a section that is given though it is off.
-
-    Args:
-        section: A dataclass.
-        is_on: Whether the section is on.
-        told: Why the keys have no use.
-    """
-    if is_on:
-        return
-    for field in dataclasses.fields(section):  # type: ignore[arg-type]
-        value = getattr(section, field.name)
-        if value != field.default:
-            yield field.name, f"is {value}, but {told}. Remove it."
