@@ -19,13 +19,13 @@ from transformers import GptOssConfig
 from cpt.config import RunConfig
 from cpt.config.precision_sections import ProductsSection
 from cpt.config.sections import TrainSection
-from cpt.model.products.e4m3 import PIECE_VALUES as E4M3_PIECE_VALUES
+from cpt.model.products import e4m3
 from cpt.model.products.layers import EightBitMatrix, eight_bit_layers, eight_bit_matrices
 from cpt.model.weights import mxfp4
 from cpt.model.weights.mxfp4_rounding import BYTES_OF_A_VALUE, PIECE_VALUES
 from cpt.planning.hardware import Gpu
 from cpt.planning.step_work import Share, Work
-from cpt.storage.state_bytes import FP32_BYTES
+from cpt.storage.state_bytes import BF16_BYTES, FP32_BYTES
 
 OPERANDS = "8-bit operands"
 """The part of a plan, in time and in memory."""
@@ -36,10 +36,7 @@ LAUNCHES = 2
 """Kernels for the operands of a product."""
 TRAVELING_VALUES = 1 << 22
 """Offloaded weights that are on the device at a time (LARGEST_PIECE in cpt/deepspeed_adapter)."""
-BF16_BYTES = 2
 CODE_BYTES = 1
-EMULATION_BYTES = 13
-"""Bytes for each value of a piece that the emulation rounds (cpt/model/products/e4m3.py)."""
 
 
 def rounded_weights(config: RunConfig, expert_matrices: tuple[int, ...]) -> int:
@@ -195,8 +192,8 @@ def operands_memory(
         rows_values = rows * matrix.outputs
         weights = matrices * matrix.inputs * matrix.outputs
         if device_type == "cpu":
-            piece = min(E4M3_PIECE_VALUES, max(rows_values, weights))
-            size = config.itemsize * (rows_values + weights) + EMULATION_BYTES * piece
+            piece = min(e4m3.PIECE_VALUES, max(rows_values, weights))
+            size = config.itemsize * (rows_values + weights) + e4m3.BYTES_OF_A_VALUE * piece
         else:
             scales = rows + matrices * matrix.inputs
             size = CODE_BYTES * (rows_values + weights) + FP32_BYTES * scales

@@ -14,7 +14,7 @@ import torch
 from cpt.config.precision_sections import ExponentRule
 from cpt.model.kernels.availability import fused_kernels_run_on
 from cpt.model.weights import mxfp4
-from cpt.model.weights.mxfp4_rounding import round_by_bits
+from cpt.model.weights.mxfp4_rounding import pieces_of_blocks, round_by_bits
 
 PIECE_VALUES = 2**24
 """Values that a device without the kernel rounds at a time, at least one block of every output."""
@@ -99,11 +99,5 @@ def _as_rule(name: str) -> ExponentRule:
 
 def round_by_definition(values: torch.Tensor, rule: ExponentRule, out: torch.Tensor) -> None:
     """Write the rounded values as `mxfp4.rounded` makes them, in pieces; the host does not wait."""
-    outputs = values.shape[-1]
-    if values.numel() == 0:
-        return
-    blocks = max(1, PIECE_VALUES // (mxfp4.BLOCK * outputs))
-    pieces = values.view(-1, mxfp4.BLOCK, outputs).split(blocks)
-    places = out.view(-1, mxfp4.BLOCK, outputs).split(blocks)
-    for piece, place in zip(pieces, places, strict=True):
+    for piece, place in pieces_of_blocks(values, out, PIECE_VALUES):
         place.copy_(mxfp4.rounded(piece, rule))

@@ -42,7 +42,9 @@ LARGEST = 448.0
 LOWEST_EXPONENT = -126
 """The exponent of the smallest scale."""
 PIECE_VALUES = 2**24
-"""Values that are rounded at a time: each takes some 13 bytes of temporary memory."""
+"""Values that are rounded at a time."""
+BYTES_OF_A_VALUE = 13
+"""Temporary memory for each value of a piece, about."""
 
 _BITS = 8
 """448 = 1.75 * 2^8."""

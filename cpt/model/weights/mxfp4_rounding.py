@@ -10,6 +10,8 @@ Shape letters: b blocks, R outputs (consecutive values).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from cpt.config.precision_sections import ExponentRule
@@ -46,14 +48,27 @@ def round_by_bits(values: torch.Tensor, rule: ExponentRule, out: torch.Tensor) -
         rule: How the exponent of a block is chosen.
         out: Of the same shape in bf16 or fp32, contiguous; may be `values`.
     """
+    for piece, place in pieces_of_blocks(values, out, PIECE_VALUES):
+        place.copy_(_rounded_piece(piece.bfloat16(), rule))
+
+
+def pieces_of_blocks(
+    values: torch.Tensor, out: torch.Tensor, piece_values: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield blocks (b, 32, R) of values and their places in `out`.
+
+    Args:
+        values: (n, 32 k, R), contiguous.
+        out: Of the same shape, contiguous; may be `values`.
+        piece_values: Values of a piece at most, but for a piece of one block of every output.
+    """
     outputs = values.shape[-1]
     if values.numel() == 0:
         return
-    blocks = max(1, PIECE_VALUES // (mxfp4.BLOCK * outputs))
+    blocks = max(1, piece_values // (mxfp4.BLOCK * outputs))
     values_b32R = values.view(-1, mxfp4.BLOCK, outputs)
     out_b32R = out.view(-1, mxfp4.BLOCK, outputs)
-    for piece, place in zip(values_b32R.split(blocks), out_b32R.split(blocks), strict=True):
-        place.copy_(_rounded_piece(piece.bfloat16(), rule))
+    yield from zip(values_b32R.split(blocks), out_b32R.split(blocks), strict=True)
 
 
 def _rounded_piece(values_b32R: torch.Tensor, rule: ExponentRule) -> torch.Tensor:
