@@ -40,7 +40,6 @@ from tests.dist.cases import (
     adapter_value,
     model_config,
     num_predicted,
-    parameter_file,
     reference_model,
     rows_of_step,
 )
@@ -50,9 +49,9 @@ from tests.dist.test_layout_parity import (
     eager_logits,
     key_of,
     run_all,
+    run_together,
     stored_tensors,
 )
-from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist
 
@@ -271,14 +270,7 @@ def references(folder: Path) -> References:
 
 @pytest.fixture(scope="module")
 def results(folder: Path, references: References) -> dict[str, list[dict[str, Any]]]:
-    launched = [*QUICK, *RESUMED, BF16]
-    arguments = [str(folder), *(chosen.dump() for chosen in launched)]
-    worker = ROOT / "tests" / "dist" / "worker.py"
-    assert launch(worker, 2, arguments, timeout_seconds=1800) == [0, 0]
-    found = {}
-    for chosen in launched:
-        found[key_of(chosen)] = json.loads(parameter_file(folder, chosen).read_text())
-    return found
+    return run_together(folder, [*QUICK, *RESUMED, BF16], 2, timeout_seconds=1800)
 
 
 @pytest.fixture(scope="module")

@@ -236,11 +236,20 @@ def run_all(folder: Path, scenarios: list[Scenario]) -> dict[str, list[dict[str,
     found = {}
     for world_size in (1, 2, 4):
         chosen = [scenario for scenario in scenarios if scenario.world_size == world_size]
-        arguments = [str(folder), *(scenario.dump() for scenario in chosen)]
-        codes = launch(WORKER, world_size, arguments, timeout_seconds=400)
-        assert codes == [0] * world_size, codes
-        for scenario in chosen:
-            found[key_of(scenario)] = json.loads(parameter_file(folder, scenario).read_text())
+        found.update(run_together(folder, chosen, world_size, timeout_seconds=400))
+    return found
+
+
+def run_together(
+    folder: Path, scenarios: list[Scenario], world_size: int, *, timeout_seconds: float
+) -> dict[str, list[dict[str, Any]]]:
+    """Run scenarios in one launch; return their steps by name and number of steps."""
+    arguments = [str(folder), *(scenario.dump() for scenario in scenarios)]
+    codes = launch(WORKER, world_size, arguments, timeout_seconds=timeout_seconds)
+    assert codes == [0] * world_size, codes
+    found = {}
+    for scenario in scenarios:
+        found[key_of(scenario)] = json.loads(parameter_file(folder, scenario).read_text())
     return found
 
 

@@ -31,7 +31,6 @@ from tests.dist.cases import (
     CLIPPING,
     SETTINGS,
     Scenario,
-    parameter_file,
     reference_model,
     rows_of_two_passes,
 )
@@ -42,9 +41,9 @@ from tests.dist.test_layout_parity import (
     loss_differences,
     norm_differences,
     run_all,
+    run_together,
 )
 from tests.model.products import straight_through
-from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist
 
@@ -188,13 +187,7 @@ def oracles(folder: Path) -> Oracles:
 
 @pytest.fixture(scope="module")
 def results(folder: Path, oracles: Oracles) -> Results:
-    arguments = [str(folder), *(chosen.dump() for chosen in QUICK)]
-    worker = ROOT / "tests" / "dist" / "worker.py"
-    assert launch(worker, 2, arguments, timeout_seconds=400) == [0, 0]
-    found = {}
-    for chosen in QUICK:
-        found[key_of(chosen)] = json.loads(parameter_file(folder, chosen).read_text())
-    return found
+    return run_together(folder, QUICK, 2, timeout_seconds=400)
 
 
 @pytest.fixture(scope="module")

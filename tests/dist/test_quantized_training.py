@@ -32,7 +32,6 @@ from tests.dist.cases import (
     POISONED,
     SETTINGS,
     Scenario,
-    parameter_file,
     reference_model,
     rows_of_two_passes,
 )
@@ -43,9 +42,9 @@ from tests.dist.test_layout_parity import (
     key_of,
     named,
     run_all,
+    run_together,
     stored,
 )
-from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist
 
@@ -206,10 +205,7 @@ def references() -> References:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    launched = [*QUICK, INFINITE]
-    arguments = [str(folder), *(chosen.dump() for chosen in launched)]
-    assert launch(ROOT / "tests" / "dist" / "worker.py", 2, arguments) == [0, 0]
-    return {key_of(s): json.loads(parameter_file(folder, s).read_text()) for s in launched}
+    return run_together(folder, [*QUICK, INFINITE], 2, timeout_seconds=300)
 
 
 @pytest.fixture(scope="module")
