@@ -23,7 +23,6 @@ import argparse
 import functools
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +200,7 @@ def line_of(name: str, result: dict[str, Any], options: argparse.Namespace) -> s
 def machine(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Return where the figures come from."""
     return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": measuring.device_name(device),
-        "torch": torch.__version__,
-        "rounds": options.rounds,
-        "clock": options.clock,
-        "threads": options.threads,
+        **measuring.origin(device, options),
         "model": f"{options.layers} layers, {options.experts} experts, hidden 512, top 4",
         "prompts": f"{options.prompts} of {options.prompt_tokens} tokens",
         "new tokens": options.new_tokens,

@@ -24,7 +24,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,12 +187,7 @@ def line_of(result: dict[str, Any]) -> str:
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Return where the figures come from."""
     return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": measuring.device_name(torch.device(options.device)),
-        "torch": torch.__version__,
-        "rounds": options.rounds,
-        "clock": options.clock,
-        "threads": options.threads,
+        **measuring.origin(torch.device(options.device), options),
         "tokens": options.tokens,
         "top_k": options.top_k,
         "sizes": f"model {options.hidden}, experts {options.expert_size}",

@@ -16,7 +16,6 @@ import argparse
 import functools
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +88,7 @@ def line_of(result: dict[str, Any]) -> str:
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Return where the figures come from."""
     return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": measuring.device_name(torch.device("cpu")),
-        "torch": torch.__version__,
-        "rounds": options.rounds,
-        "clock": options.clock,
-        "threads": options.threads,
+        **measuring.origin(torch.device("cpu"), options),
         "matrix": f"{options.experts} x {options.inputs} x {options.outputs}",
     }
 

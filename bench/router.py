@@ -184,12 +184,7 @@ def line_of(result: dict[str, Any]) -> str:
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Return where the figures come from."""
     return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": measuring.device_name(torch.device("cpu")),
-        "torch": torch.__version__,
-        "rounds": options.rounds,
-        "clock": options.clock,
-        "threads": options.threads,
+        **measuring.origin(torch.device("cpu"), options),
         "model": f"{options.layers} layers, {options.experts} experts, hidden 512, top 4",
         "interval": INTERVAL,
     }

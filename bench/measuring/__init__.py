@@ -103,6 +103,18 @@ def device_name(device: torch.device) -> str:
     return platform.processor()
 
 
+def origin(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Return where figures come from, beside the sizes that were measured."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "rounds": options.rounds,
+        "clock": options.clock,
+        "threads": options.threads,
+    }
+
+
 def resident_bytes(field: str) -> int:
     """Return a size of /proc/self/status: VmRSS, VmHWM, RssAnon, ...  Linux only."""
     return _kibibytes(Path("/proc/self/status"), field)
