@@ -23,7 +23,7 @@ from cpt.model.adapters.layout import adapted_matrices, adapter_shapes
 from cpt.model.adapters.merged import AdaptedWeights
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.hf_layout import is_expert_name
-from cpt.model.weights.source import WeightSource
+from cpt.model.weights.source import WeightSource, read_window
 
 
 def adapter_of(folder: Path, manifest: Manifest) -> AdapterState | None:
@@ -102,5 +102,4 @@ def whole_expert_pieces(
         unit = numel // shape[0] if is_expert_name(name) else 1
         step = max(1, PIECE_NUMEL // unit) * unit
         for start in range(0, numel, step):
-            pieces = source.pieces(name, start, min(numel, start + step))
-            yield name, start, torch.cat([values for _, values in pieces])
+            yield name, start, read_window(source, name, start, min(numel, start + step))

@@ -30,6 +30,7 @@ from cpt.model.adapters.peft_files import PeftTensor, adapter_config, peft_tenso
 from cpt.model.missing_model import run_of
 from cpt.model.weights.checksums import write_sums
 from cpt.model.weights.hf_layout import ADAPTER_CONFIG, ADAPTER_FILE, holds_blocks
+from cpt.model.weights.source import read_window
 from cpt.model.weights.writer import (
     Entry,
     TensorFileWriter,
@@ -131,8 +132,7 @@ def _write_tensors(
     try:
         for tensor in tensors:
             numel = math.prod(tensor.own_shape)
-            pieces = [values for _, values in weights.pieces(tensor.own_name, 0, numel)]
-            value = torch.cat(pieces).view(tensor.own_shape)
+            value = read_window(weights, tensor.own_name, 0, numel).view(tensor.own_shape)
             writer.write(tensor.name, 0, tensor.to_peft(value).to(entries[tensor.name].dtype))
         writer.finish()
     finally:

@@ -8,7 +8,6 @@ why. Shape letters: C inputs (columns), R output rows, b blocks of a row (C / 32
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from cpt.errors import CheckpointError, ConfigError
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights import mxfp4
 from cpt.model.weights.directory import DirectoryWeights
+from cpt.model.weights.source import read_window
 from data_pipeline.escaping import escaped_line
 
 CURE = "Give its directory, or that of another model to compare with, by --base."
@@ -141,10 +141,10 @@ class ExportBase:
             codes = (blocks_Rb16[None], scales_Rb[None])
             return BaseExpert(values_1CR=mxfp4.decode(*codes), codes=codes)
         _, inputs, rows = self.shapes[name]
-        numel = math.prod((inputs, rows))
-        pieces = self.source.pieces(name, index * numel, (index + 1) * numel)
-        flat = torch.cat([values.to(torch.bfloat16) for _, values in pieces])
-        return BaseExpert(values_1CR=flat.view(1, inputs, rows), codes=None)
+        numel = inputs * rows
+        flat = read_window(self.source, name, index * numel, (index + 1) * numel)
+        values_1CR = flat.to(torch.bfloat16).view(1, inputs, rows)
+        return BaseExpert(values_1CR=values_1CR, codes=None)
 
     def refuse_unusable(self) -> None:
         """Refuse a base whose values, as far as they were read, cannot be weights.

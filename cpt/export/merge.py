@@ -28,7 +28,7 @@ from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.hf_layout import is_expert_matrix
-from cpt.model.weights.source import WeightSource
+from cpt.model.weights.source import read_window
 from cpt.model.weights.tokenizer_check import tokenizer_problems
 from cpt.model.weights.writer import DirectoryWriter, Entry, check_weights_space
 from data_pipeline.console.progress import show_progress
@@ -100,11 +100,6 @@ def interpolate(
     if alpha == 1.0:
         return tuned.to(dtype)
     return torch.lerp(base.float(), tuned.float(), alpha).to(dtype)
-
-
-def read_window(source: WeightSource, name: str, start: int, stop: int) -> torch.Tensor:
-    """Return elements [start, stop) of a flattened tensor as one tensor."""
-    return torch.cat([values for _, values in source.pieces(name, start, stop)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

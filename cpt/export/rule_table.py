@@ -10,11 +10,8 @@ goes on from there and scores nothing again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from cpt.config.precision_sections import ExponentRule
 from cpt.export.expert_rounding import ExpertRounder
@@ -37,6 +34,7 @@ from cpt.export.mxfp4_scoring import (
 from cpt.export.rounding_sums import RoundingSums, merged_sums
 from cpt.model.weights.hf_layout import is_expert_matrix
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
+from cpt.model.weights.source import read_window
 from cpt.offline.pieces import ItemSeries
 from cpt.resilience.faults import fault_point
 from data_pipeline.tables import table
@@ -107,11 +105,11 @@ def _sums_by_rule(models: ScoredModels) -> dict[ExponentRule, RoundingSums]:
 def _sums_of_matrix(models: ScoredModels, name: str) -> Json:
     """Return what each rule does to one matrix, read expert by expert."""
     num_experts, inputs, rows = models.weights.shapes[name]
-    numel = math.prod((inputs, rows))
+    numel = inputs * rows
     rounders = [ExpertRounder(rule) for rule in EXPONENT_RULES]
     for index in range(num_experts):
-        pieces = models.weights.pieces(name, index * numel, (index + 1) * numel)
-        exact = torch.cat([values for _, values in pieces]).view(1, inputs, rows)
+        flat = read_window(models.weights, name, index * numel, (index + 1) * numel)
+        exact = flat.view(1, inputs, rows)
         own = None if models.base is None else models.base.expert(name, index)
         for rounder in rounders:
             rounder.round(name, exact, own)

@@ -17,7 +17,7 @@ import torch
 
 from cpt.model.adapters.layout import AdaptedMatrix
 from cpt.model.weights.directory import DirectoryWeights
-from cpt.model.weights.source import WeightSource
+from cpt.model.weights.source import WeightSource, read_window
 
 
 class AdaptedWeights:
@@ -108,5 +108,4 @@ class AdaptedWeights:
         return self._whole(name, 0, math.prod(shape)).view(shape)
 
     def _whole(self, name: str, start: int, stop: int) -> torch.Tensor:
-        pieces = [values for _, values in self._adapter.pieces(name, start, stop)]
-        return torch.cat(pieces).float()
+        return read_window(self._adapter, name, start, stop).float()

@@ -10,7 +10,7 @@ import torch
 from cpt.config.precision_sections import ExponentRule
 from cpt.model.weights.hf_layout import is_expert_matrix
 from cpt.model.weights.mxfp4_rounding import round_by_bits
-from cpt.model.weights.source import WeightSource
+from cpt.model.weights.source import WeightSource, read_window
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every tensor by name."""
@@ -40,7 +40,7 @@ class RoundedWeights:
         expert_numel = math.prod(shape[1:])
         assert start % expert_numel == 0 and stop % expert_numel == 0, (name, start, stop)
         for low in range(start, stop, expert_numel):
-            pieces = self._source.pieces(name, low, low + expert_numel)
-            exact = torch.cat([values for _, values in pieces]).view(1, *shape[1:])
+            flat = read_window(self._source, name, low, low + expert_numel)
+            exact = flat.view(1, *shape[1:])
             round_by_bits(exact, self._rule, exact)
             yield low, exact.flatten()

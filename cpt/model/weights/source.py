@@ -25,6 +25,11 @@ class WeightSource(Protocol):
         ...
 
 
+def read_window(source: WeightSource, name: str, start: int, stop: int) -> torch.Tensor:
+    """Return elements [start, stop) of a flattened tensor as one new tensor."""
+    return torch.cat([values for _, values in source.pieces(name, start, stop)])
+
+
 @torch.no_grad()
 def fill_parts(targets: Mapping[str, tuple[torch.Tensor, int]], source: WeightSource) -> None:
     """Fill a part of every tensor.
