@@ -34,8 +34,8 @@ CURE = "Give its directory, or that of another model to compare with, by --base.
 class BaseChoice:
     """The model to compare an export with, or why there is none."""
 
-    path: Path | None = None
-    """A Hugging Face directory or a checkpoint; None if there is none."""
+    base: ExportBase | None = None
+    """The model, opened; None if there is none."""
     absent: str = ""
     """Why there is none, and what to do, without a path of this machine; empty if there is one."""
 
@@ -53,8 +53,7 @@ def choose_base(folder: Path, manifest: Manifest, given: Path | None) -> BaseCho
         CheckpointError: it is a checkpoint that is damaged.
     """
     if given is not None:
-        open_base(given, manifest)
-        return BaseChoice(path=given)
+        return BaseChoice(base=open_base(given, manifest))
     path = _start_of_run(folder, manifest)
     if path is None:
         return BaseChoice(
@@ -65,12 +64,11 @@ def choose_base(folder: Path, manifest: Manifest, given: Path | None) -> BaseCho
     if not path.is_dir():
         return BaseChoice(absent=f"{told} is not where it was. {CURE}")
     try:
-        open_base(path, manifest)
+        return BaseChoice(base=open_base(path, manifest))
     except (ConfigError, CheckpointError):
         return BaseChoice(
             absent=f"{told} cannot be read any more, or has another architecture now. {CURE}"
         )
-    return BaseChoice(path=path)
 
 
 def _start_of_run(folder: Path, manifest: Manifest) -> Path | None:
@@ -116,6 +114,8 @@ class ExportBase:
             ConfigError: it cannot be read, or has other tensors.
             CheckpointError: it is a checkpoint that is damaged.
         """
+        self.path = path
+        """Where it lies."""
         known = AdapterBase.of(path, 0, config, option="--base")
         self.name = known.name
         """Its name for people, without the place where it lies."""

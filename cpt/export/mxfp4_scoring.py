@@ -191,15 +191,13 @@ def scoring(
     with offline_ranks(config, partial_folder(request.out), request.options) as ranks:
         ranks.on_first(lambda: refuse_existing(request.out))
         found = _agreed_base(request, ranks)
-        path = found.path
-        base = None if path is None else ranks.together(lambda: open_base(path, manifest))
         model = OfflineModel(config, ranks.topology)
-        identity = _identity(request, sets, model, base)
+        identity = _identity(request, sets, model, found.base)
         with kept_pieces(request.out, identity, ranks, keep=keep) as pieces:
             yield ScoredModels(
                 ranks=ranks,
                 pieces=pieces,
-                base=base,
+                base=found.base,
                 absent=found.absent,
                 weights=open_weights(folder, manifest, torch.bfloat16, request.base),
                 checkpoint=folder.name,
@@ -208,14 +206,16 @@ def scoring(
 
 
 def _agreed_base(request: ScoringRequest, ranks: OfflineRanks) -> BaseChoice:
-    """Return the base that the first rank finds, on every rank: each may see other disks."""
+    """Open the base that the first rank finds on every rank: each may see other disks."""
 
     def find() -> list[str]:
         found = choose_base(request.folder, request.manifest, request.base)
-        return ["" if found.path is None else str(found.path), found.absent]
+        return ["" if found.base is None else str(found.base.path), found.absent]
 
     path, absent = ranks.on_first(find)
-    return BaseChoice(path=Path(path) if path else None, absent=absent)
+    if not path:
+        return BaseChoice(absent=absent)
+    return BaseChoice(base=ranks.together(lambda: open_base(Path(path), request.manifest)))
 
 
 def _identity(

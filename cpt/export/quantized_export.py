@@ -18,7 +18,7 @@ from cpt.checkpoint.manifest import Manifest
 from cpt.errors import ConfigError
 from cpt.export.expert_rounding import ExpertRounder, FiniteCheck
 from cpt.export.exponent_choice import ExponentChoice
-from cpt.export.export_base import choose_base, open_base
+from cpt.export.export_base import choose_base
 from cpt.export.mxfp4_report import rounding_report, with_held_out
 from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, is_expert_matrix
@@ -43,7 +43,7 @@ class QuantizedExport:
             ConfigError: the given model cannot be read, or is another architecture.
         """
         found = choose_base(folder, manifest, given)
-        self._base = None if found.path is None else open_base(found.path, manifest)
+        self._base = found.base
         self._absent = found.absent
         self._choice = choice
         self._manifest = manifest
