@@ -399,11 +399,6 @@ def _pieces_in(folder: Path) -> list[Piece]:
     return found
 
 
-def _is_same(stated: object, value: object) -> bool:
-    """Return whether what a file states is a value of now, which may be a `weights_identity`."""
-    return stated == value or (isinstance(value, str) and is_identity(stated, value))
-
-
 def _identify(folder: Path, identity: Mapping[str, Any]) -> None:
     """Write what the pieces are computed from, or compare it with what is there.
 
@@ -424,7 +419,7 @@ def _identify(folder: Path, identity: Mapping[str, Any]) -> None:
     for key, value in json.loads(json.dumps(content)).items():
         if key not in found:
             differences.append(f"{key} is not recorded there")
-        elif not _is_same(found[key], value):
+        elif not is_identity(found[key], value):
             differences.append(f"{key} was {_shown(found[key])}, is now {_shown(value)}")
     if differences:
         raise ConfigError(

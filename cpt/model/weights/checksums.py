@@ -130,17 +130,19 @@ def weights_identity(files: Iterable[Path]) -> str:
     return f"{tensor_hash(files)}+{sampled_hash(files)}"
 
 
-def is_identity(stated: object, identity: str) -> bool:
+def is_identity(stated: object, identity: object) -> bool:
     """Return whether a file states these weights.
 
     Args:
         stated: What it states: a `weights_identity`, or, if it was written before there were any,
             a `sampled_hash`.
-        identity: `weights_identity` of the weights; any other text has to be stated as it is.
+        identity: `weights_identity` of the weights; any other value has to be stated as it is.
     """
     if stated == identity:
         return True
-    return identity.startswith(TENSOR_HASH_PREFIX) and stated == identity.partition("+")[2]
+    if not isinstance(identity, str) or not identity.startswith(TENSOR_HASH_PREFIX):
+        return False
+    return stated == identity.partition("+")[2]
 
 
 def hash_of_sums(path: Path, files: Iterable[Path]) -> str | None:

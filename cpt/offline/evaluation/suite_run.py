@@ -187,10 +187,7 @@ def is_done(folder: Path, suite: Suite, benchmark: Benchmark, model: str) -> boo
     done = read_json(path)
     differences = []
     for key, wanted in json.loads(json.dumps(_identity(suite, benchmark, model))).items():
-        is_same = done.get(key) == wanted
-        if key == "model":
-            is_same = is_identity(done.get(key), model)
-        if not is_same:
+        if not is_identity(done.get(key), wanted):
             differences.append(f"{key} was {done.get(key)}, is now {wanted}")
     if differences:
         raise ConfigError(
