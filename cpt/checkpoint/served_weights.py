@@ -11,10 +11,8 @@ from pathlib import Path
 import torch
 
 from cpt.checkpoint.manifest import Manifest
-from cpt.checkpoint.model_config import model_config_of
 from cpt.checkpoint.model_weights import open_weights
 from cpt.checkpoint.run_state import quantized_by
-from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.rounded_weights import RoundedWeights
 from cpt.model.weights.source import WeightSource
 
@@ -28,4 +26,4 @@ def served_weights(folder: Path, manifest: Manifest, base: Path | None = None) -
     rule = quantized_by(manifest)
     if rule is None:
         return weights
-    return RoundedWeights(weights, parameter_shapes(model_config_of(manifest)), rule)
+    return RoundedWeights(weights, weights.shapes, rule)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt.guard.paired_test import CONFIDENCE, RESAMPLES, compare_scores, margin_of_error
+from cpt.guard.paired_test import CONFIDENCE, compare_scores, margin_of_error, resamples
 from cpt.guard.score import DomainScore, Floats
 
 Json = dict[str, Any]
@@ -78,8 +78,7 @@ def _share(trained: DomainScore, base_experts: DomainScore, exported: DomainScor
 
 
 def _bootstrap(left: Floats, learned: Floats) -> tuple[float, float]:
-    count = len(left)
-    picks = np.random.Generator(np.random.PCG64(0)).integers(0, count, size=(RESAMPLES, count))
+    picks = resamples(len(left))
     learned_sums = learned[picks].sum(1)
     # a resample of documents that cancel out says nothing
     usable = learned_sums != 0

@@ -63,8 +63,7 @@ def compare_scores(
     )
     now_nats = cluster_sums(now.nats, clusters)
     nats = cluster_sums(baseline.nats, clusters)
-    count = len(nats)
-    picks = np.random.Generator(np.random.PCG64(0)).integers(0, count, size=(RESAMPLES, count))
+    picks = resamples(len(nats))
     resampled = 100 * (now_nats[picks].sum(1) / nats[picks].sum(1) - 1)
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     delta = float(100 * (now_nats.sum() / nats.sum() - 1))
@@ -78,6 +77,12 @@ def compare_scores(
         ci_high=float(max(high, delta + margin)),
         upper_bound=delta + margin_of_error(now_nats, nats, 1 - upper_confidence),
     )
+
+
+def resamples(count: int) -> Integers:
+    """Return (RESAMPLES, count) numbers of documents, drawn with replacement by a fixed seed."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    return generator.integers(0, count, size=(RESAMPLES, count))
 
 
 def cluster_sums(values: Floats, clusters: Integers | None) -> Floats:
