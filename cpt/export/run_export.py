@@ -41,17 +41,17 @@ UNROUNDED = (
     "that it was trained on, rounds nothing."
 )
 """What the card of a rounded model says of its adapter, if the base was in MXFP4."""
+UNROUNDED_BASE = (
+    "The adapter of this model alone (`cpt export --format peft`), loaded over its base in bf16, "
+    "rounds nothing to MXFP4."
+)
+"""The same of a base that was not."""
 MASTERS = (
     "The experts of this run were trained with weights rounded to MXFP4. This export holds the "
     "master weights, which no forward pass has used; the trained model is that of "
     "`cpt export --format mxfp4`."
 )
 """What is said of an export of such a run in a format that does not round."""
-UNROUNDED_BASE = (
-    "The adapter of this model alone (`cpt export --format peft`), loaded over its base in bf16, "
-    "rounds nothing to MXFP4."
-)
-"""The same of a base that was not."""
 
 Score = Literal["auto", "always", "never"]
 Json = dict[str, Any]
