@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from cpt.checkpoint.manifest import read_manifest
+from cpt.commands.export import EXPONENTS
 from cpt.config.precision_sections import ExponentRule
 from cpt.errors import CheckpointError, ConfigError
 from cpt.export import huggingface
@@ -333,6 +334,7 @@ def test_a_plain_run_is_exported_by_floor_unless_asked(tmp_path: Path) -> None:
     assert choose_exponent(manifest, None) == ExponentChoice(rule="floor")
     assert choose_exponent(manifest, "least").rule == "least"
     assert set(EXPONENT_RULES) == set(get_args(ExponentRule))
+    assert EXPONENTS == EXPONENT_RULES, "the command line has a copy"
 
 
 def test_sums_of_tensors_add_up() -> None:
