@@ -12,7 +12,7 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from data_pipeline.config.document_hook import hook_problem
 from data_pipeline.config.file_patterns import absolute_pattern, expand
@@ -23,7 +23,7 @@ from data_pipeline.config.mix_config import OWN_PREFIX
 from data_pipeline.config.schedule_config import check_schedule
 from data_pipeline.config.source_config import LANGUAGES, SUFFIXES, suffix_format
 from data_pipeline.config.stage_config import MAX_SEQ_LEN
-from data_pipeline.config.strict_yaml import KeyPath, Reader, nearest
+from data_pipeline.config.strict_yaml import KeyPath, Reader, is_number, nearest
 from data_pipeline.config.weight_checks import check_weights, give_epochs
 from data_pipeline.errors import unnamable
 from data_pipeline.objects.object_paths import address_problem, is_address
@@ -125,10 +125,6 @@ def _has_name(section: RawSection) -> bool:
     return isinstance(section.get("name"), str)
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _check_unique(reader: Reader, sections: dict[int, RawSection], parent: KeyPath) -> None:
     """Check that the sections of a list have different names."""
     first: dict[str, KeyPath] = {}
@@ -157,7 +153,7 @@ def _check_loss_weights(reader: Reader, raw: RawSection, sources: dict[int, RawS
         learned = []
         for name, source in by_name.items():
             weights = [end.get(name) for end in ends if isinstance(end, dict)]
-            if any(_is_number(weight) and weight > 0 for weight in weights):
+            if any(is_number(weight) and weight > 0 for weight in weights):
                 learned.append(source.get("loss_weight", 1.0) != 0)
         if learned and not any(learned):
             reader.problem(
@@ -357,7 +353,7 @@ def _check_languages(reader: Reader, limits: Any, sources: list[RawSection]) -> 
     for source in sources:
         language = source.get("language")
         weight = source.get("weight")
-        if isinstance(language, str) and _is_number(weight):
+        if isinstance(language, str) and is_number(weight):
             shares[language] += weight
     for language, bounds in limits.items():
         path: KeyPath = ("languages", language)

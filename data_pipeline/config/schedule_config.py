@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from data_pipeline.config.language_limits import WEIGHT_SUM_TOLERANCE, LanguageLimits
 from data_pipeline.config.source_config import LANGUAGES, check_name
-from data_pipeline.config.strict_yaml import KeyPath, Reader, nearest
+from data_pipeline.config.strict_yaml import KeyPath, Reader, is_number, nearest
 
 REST = "rest"
 """The `share` of a last phase that goes on to the end of the run."""
@@ -150,7 +150,7 @@ def _check_lengths(reader: Reader, phases: Mapping[int, RawSection]) -> None:
                 ("schedule", index, "share"),
                 "is rest, but phases follow. Only the last one may take what is left.",
             )
-        if _is_number(share):
+        if is_number(share):
             shares.append(share)
         if type(end) is int:
             if ends and end <= ends[-1]:
@@ -193,7 +193,7 @@ def _check_weights(
     """Check that weights name sources with text to train on, and are shares that sum to 1."""
     for name, weight in weights.items():
         _check_source(reader, name, (*path, name), sources)
-        if not _is_number(weight):
+        if not is_number(weight):
             return
         if not 0 <= weight < math.inf:
             reader.problem((*path, name), f"is {weight:g}, must be a share from 0 to 1.")
@@ -236,7 +236,7 @@ def _check_languages(
             weights = {name: source.get("weight") for name, source in sources.items()}
         if not weights or not isinstance(weights, dict):
             continue
-        if not all(map(_is_number, weights.values())):
+        if not all(map(is_number, weights.values())):
             continue
         for language, limits in bounds.items():
             _check_share(reader, language, limits, weights, (*path, key), sources)
@@ -257,13 +257,13 @@ def _check_share(
     share = math.fsum(parts)
     low = _section(limits).get("min_share", 0.0)
     high = _section(limits).get("max_share", 1.0)
-    if _is_number(low) and share < low - WEIGHT_SUM_TOLERANCE:
+    if is_number(low) and share < low - WEIGHT_SUM_TOLERANCE:
         reader.problem(
             path,
             f"gives {language} {share:g}, but its min_share is {low:g}. Raise its weights, or give "
             "the phase a floor of its own under languages.",
         )
-    if _is_number(high) and share > high + WEIGHT_SUM_TOLERANCE:
+    if is_number(high) and share > high + WEIGHT_SUM_TOLERANCE:
         reader.problem(
             path,
             f"gives {language} {share:g}, but its max_share is {high:g}. Lower its weights, or "
@@ -273,10 +273,6 @@ def _check_share(
 
 def _section(value: Any) -> RawSection:
     return value if isinstance(value, dict) else {}
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_off(total: float) -> bool:

@@ -21,7 +21,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import yaml
 
@@ -222,6 +222,11 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Valid: {', '.join(valid)}."
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a parsed value is a number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Reader:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from data_pipeline.config.language_limits import WEIGHT_SUM_TOLERANCE
-from data_pipeline.config.strict_yaml import Reader
+from data_pipeline.config.strict_yaml import Reader, is_number
 
 RawSection = Mapping[str, Any]
 
@@ -66,7 +66,7 @@ def _check_epochs(
         weight = source.get("weight")
         if source.get("epochs") is not None:
             by_epochs.append(name)
-        elif _is_number(weight) and weight != 0:
+        elif is_number(weight) and weight != 0:
             by_weight.append(f"{name} {weight:g}")
     if by_weight:
         reader.problem(
@@ -88,7 +88,7 @@ def _check_sum(reader: Reader, sources: Mapping[int, RawSection]) -> None:
     weights: dict[int, float] = {}
     for index, source in sources.items():
         weight = source.get("weight")
-        if _is_number(weight):
+        if is_number(weight):
             weights[index] = float(weight)
     negative = [index for index, weight in weights.items() if weight < 0]
     for index in negative:
@@ -114,7 +114,3 @@ def _check_sum(reader: Reader, sources: Mapping[int, RawSection]) -> None:
             ("sources",),
             f"have weights that sum to {total:.9g}, must be 1. Scaled to 1: {', '.join(scaled)}.",
         )
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
