@@ -229,14 +229,8 @@ class Ledger:
     def capped_spans(self, first_step: int, stop_step: int) -> list[tuple[int, int]]:
         """Return (first step, stop) of the phases with ceilings of epochs between two steps."""
         spans: list[tuple[int, int]] = []
-        for index, segment in enumerate(self.segments):
+        for segment, start, stop in self._parts(first_step, stop_step):
             if not segment.phase_max_epochs():
-                continue
-            start = max(first_step, segment.start_step)
-            stop = stop_step
-            if index + 1 < len(self.segments):
-                stop = min(stop, self.segments[index + 1].start_step)
-            if start >= stop:
                 continue
             if spans and self.phase_start(start) == self.phase_start(spans[-1][0]):
                 spans[-1] = (spans[-1][0], stop)
@@ -247,18 +241,22 @@ class Ledger:
     def mean_weights(self, first_step: int, stop_step: int) -> dict[str, float]:
         """Return the mean share of every source over some steps, at least one."""
         sums = dict.fromkeys(self.segments[-1].weights, 0.0)
-        for index, segment in enumerate(self.segments):
-            start = max(first_step, segment.start_step)
-            stop = stop_step
-            if index + 1 < len(self.segments):
-                stop = min(stop, self.segments[index + 1].start_step)
-            if start >= stop:
-                continue
+        for segment, start, stop in self._parts(first_step, stop_step):
             # the mean over a straight line is that of its middle
             middle = between(segment.weights_at(start), segment.weights_at(stop), 0.5)
             for name, weight in middle.items():
                 sums[name] = sums.get(name, 0.0) + weight * (stop - start)
         return {name: total / (stop_step - first_step) for name, total in sums.items()}
+
+    def _parts(self, first_step: int, stop_step: int) -> Iterator[tuple[Segment, int, int]]:
+        """Yield the segments between two steps, each with its first step there and its stop."""
+        for index, segment in enumerate(self.segments):
+            start = max(first_step, segment.start_step)
+            stop = stop_step
+            if index + 1 < len(self.segments):
+                stop = min(stop, self.segments[index + 1].start_step)
+            if start < stop:
+                yield segment, start, stop
 
     def planned_segment(self, mix: MixConfig, step: int) -> Segment:
         """Return the segment at a step as the mix plans it, without what the guard did.
