@@ -208,11 +208,12 @@ def _add_diff(commands: Commands) -> None:
 def _diff(options: argparse.Namespace) -> None:
     old = load_built_mix(options.old, options.old_out)
     new = load_built_mix(options.new, options.new_out)
-    if not (has_epochs(old) or has_epochs(new)):
+    by_epochs = has_epochs(old) or has_epochs(new)
+    if not by_epochs:
         _say_changes(old, new)  # also where one of them is not built
     old_built, old = _open_build(options, old, options.old, options.old_out)
     new_built, new = _open_build(options, new, options.new, options.new_out)
-    if has_epochs(old) or has_epochs(new):
+    if by_epochs:
         _say_changes(old, new)
     batch_size = options.global_batch_size
     steps = options.steps or steps_of_one_pass(old_built, old, batch_size)

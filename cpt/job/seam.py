@@ -261,7 +261,7 @@ def _is_like(value: Any, example: Any) -> bool:
 
 
 def _compared_steps(
-    first: int, before: TrainSection, now: TrainSection, bends: Iterable[int] = ()
+    first: int, before: TrainSection, now: TrainSection, bends: Iterable[int]
 ) -> list[int]:
     """Return steps at which two schedules are compared: at least the next one.
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.schedule_config import REST, SchedulePhase
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.mixture.data_plan import PHASE_COLUMNS, DataPlan, phase_rows
+from data_pipeline.mixture.data_plan import PHASE_COLUMNS, DataPlan, change_text, phase_rows
 from data_pipeline.mixture.epochs import describe_weights, has_epochs, with_weights
 from data_pipeline.mixture.staged_plan import StagedPlan, plan_mix, steps_of_one_pass
 from data_pipeline.tables import table
@@ -106,8 +107,8 @@ def written_phases(mix: MixConfig) -> tuple[PhaseTable, ...]:
     rows = []
     for phase in mix.schedule:
         for source in mix.sources:
-            first = _weight(mix, phase.weights, source.name)
-            last = _weight(mix, phase.to, source.name) if phase.to else first
+            first = _weight(source, phase.weights)
+            last = _weight(source, phase.to) if phase.to else first
             if first == last == "0.00%":
                 continue
             limit = phase.max_epochs.get(source.name)
@@ -116,9 +117,9 @@ def written_phases(mix: MixConfig) -> tuple[PhaseTable, ...]:
                     phase.name,
                     _length(phase),
                     source.name,
-                    first if first == last else f"{first} -> {last}",
+                    change_text(first, last),
                     "-" if limit is None else f"{limit:g}",
-                    _factors(phase),
+                    change_text(f"{phase.lr_factor:g}", f"{phase.last_lr_factor:g}"),
                 )
             )
     if not rows:
@@ -129,25 +130,16 @@ def written_phases(mix: MixConfig) -> tuple[PhaseTable, ...]:
     return (shown,)
 
 
-def _weight(mix: MixConfig, weights: dict[str, float], name: str) -> str:
+def _weight(source: SourceConfig, weights: dict[str, float]) -> str:
     """Return the weight of a source as a phase has it, or that it follows from epochs."""
     if weights:
-        return f"{weights.get(name, 0.0):.2%}"
-    for source in mix.sources:
-        if source.name == name and source.epochs is not None and not source.weight:
-            return f"by {source.epochs:g} epochs"
-        if source.name == name:
-            return f"{source.weight:.2%}"
-    return f"{0:.2%}"
+        return f"{weights.get(source.name, 0.0):.2%}"
+    if source.epochs is not None and not source.weight:
+        return f"by {source.epochs:g} epochs"
+    return f"{source.weight:.2%}"
 
 
 def _length(phase: SchedulePhase) -> str:
     if phase.until_step is not None:
         return f"until step {phase.until_step:,}"
     return "the rest" if phase.share == REST else f"{phase.share:.0%} of the steps"
-
-
-def _factors(phase: SchedulePhase) -> str:
-    if phase.lr_factor == phase.last_lr_factor:
-        return f"{phase.lr_factor:g}"
-    return f"{phase.lr_factor:g} -> {phase.last_lr_factor:g}"

@@ -235,8 +235,8 @@ class DataPlan:
 
     def _phase_tables(self) -> list[str]:
         """Return a table of what each phase draws from each source, if there are phases."""
-        table_of_phases = phase_table(self.phases)
-        return [table_of_phases] if table_of_phases else []
+        rows = phase_rows(self.phases)
+        return [table(PHASE_COLUMNS, rows)] if rows else []
 
     @property
     def changes_rate(self) -> bool:
@@ -303,12 +303,6 @@ def phase_rows(phases: Sequence[PlannedPhase]) -> list[tuple[str, ...]]:
     return rows
 
 
-def phase_table(phases: Sequence[PlannedPhase]) -> str:
-    """Return `phase_rows` as a table for people; empty without phases."""
-    rows = phase_rows(phases)
-    return table(PHASE_COLUMNS, rows) if rows else ""
-
-
 def _phase_row(phase: PlannedPhase, source: str) -> tuple[str, ...]:
     first = f"{phase.weights[source]:.2%}"
     last = f"{phase.end_weights[source]:.2%}"
@@ -316,15 +310,16 @@ def _phase_row(phase: PlannedPhase, source: str) -> tuple[str, ...]:
         phase.name or "-",
         f"{phase.start_step + 1:,} to {phase.stop_step:,}",
         source,
-        _change(first, last),
+        change_text(first, last),
         f"{phase.drawn_tokens[source]:,}",
         f"{phase.epochs[source]:.2f}",
         f"{phase.end_epochs[source]:.2f}",
-        _change(f"{phase.lr_factor:.3g}", f"{phase.last_lr_factor:.3g}"),
+        change_text(f"{phase.lr_factor:.3g}", f"{phase.last_lr_factor:.3g}"),
     )
 
 
-def _change(first: str, last: str) -> str:
+def change_text(first: str, last: str) -> str:
+    """Return how a figure of a phase changes from its first step to its last, for a table."""
     return first if first == last else f"{first} -> {last}"
 
 
@@ -394,7 +389,7 @@ def make_data_plan(
         warnings=tuple(warnings),
         phases=phases,
     )
-    if built.num_stages > 1:  # the epochs are of all stages together
+    if built.num_stages > 1 or not has_epochs(mix):  # the epochs are of all stages together
         return plan
     of_epochs = read_and_asked(plan, mix, steps_of_epochs([built], mix, [global_batch_size]))
     return dataclasses.replace(plan, warnings=(*plan.warnings, *of_epochs))
@@ -420,11 +415,9 @@ def read_and_asked(plan: DataPlan, mix: MixConfig, asked_steps: int) -> list[str
 
     Args:
         plan: The plan of the whole run.
-        mix: The mix.
+        mix: The mix, with epochs.
         asked_steps: As `steps_of_epochs` returns them.
     """
-    if not has_epochs(mix):
-        return []
     own = {phase.name for phase in mix.schedule if has_own_weights(phase)}
     steps = plan.steps
     tokens = {source.name: source.drawn_tokens for source in plan.sources}

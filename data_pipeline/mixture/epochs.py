@@ -153,17 +153,18 @@ def epochs_warning(
     """Return the warning that a run does not read its sources as often as they ask for.
 
     Args:
-        mix: The mix; none without epochs is warned of.
+        mix: The mix, with epochs.
         drawn: Epochs that each source is read in the steps in which the epochs hold.
         drawn_steps: Number of those steps.
         steps: Number of steps that the epochs take.
     """
-    asked = {source.name: source.epochs for source in mix.sources if source.epochs is not None}
-    if not asked or abs(drawn_steps - steps) <= max(1, TOLERANCE * steps):
+    if abs(drawn_steps - steps) <= max(1, TOLERANCE * steps):
         return []
     told = []
-    for name, epochs in asked.items():
-        told.append(f"{name} {drawn.get(name, 0.0):.2f} times of {epochs:g}")
+    for source in mix.sources:
+        if source.epochs is not None:
+            name = source.name
+            told.append(f"{name} {drawn.get(name, 0.0):.2f} times of {source.epochs:g}")
     where = ""
     if any(map(has_own_weights, mix.schedule)):
         where = " in the phases that have no weights of their own"

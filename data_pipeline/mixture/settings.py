@@ -50,7 +50,7 @@ def mix_settings(mix: MixConfig) -> Settings:
     for phase in settings["schedule"]:
         del phase["lr_factor"], phase["to_lr_factor"]  # they are of the rate and of no row
         if not phase["max_epochs"]:
-            del phase["max_epochs"]  # likewise
+            del phase["max_epochs"]  # so that the hash of a mix without them stays what it was
     if not settings["schedule"]:
         del settings["schedule"]  # likewise
     return settings

@@ -253,6 +253,8 @@ def make_staged_plan(
             )
         )
     plan = StagedPlan(stages=stages, plans=tuple(plans))
+    if not has_epochs(mix):
+        return plan
     of_stages = [built.of_stage(number) for number in range(len(stages.spans))]
     rows = [span.global_batch_size for span in stages.spans]
     warnings = read_and_asked(plan.whole(), mix, steps_of_epochs(of_stages, mix, rows))
