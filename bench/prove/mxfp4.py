@@ -117,8 +117,7 @@ def run_product(work_dir: Path, scale: Scale) -> None:
 
 def product_cell(scale: Scale) -> Cell:
     """Return the cell that the product runs, too: the middle learning rate of the long release."""
-    lr = scale.lrs[len(scale.lrs) // 2]
-    return Cell(arm=PRODUCT_ARM.name, seed=0, lr=lr)
+    return Cell(arm=PRODUCT_ARM.name, seed=0, lr=scale.middle_lr)
 
 
 def write_report(work_dir: Path, scale: Scale, options: argparse.Namespace) -> None:

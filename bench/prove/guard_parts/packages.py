@@ -11,15 +11,13 @@ Documents are cut at paragraphs, so that one domain has hundreds of them.
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import corpus
-from data_pipeline.store.files import atomic_write
-from guard_parts.text import cut
+from guard_parts.text import cut, evenly, write_documents
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "base_en": ("debian-handbook", "debian-reference-en", "manpages", "manpages-dev"),
@@ -128,13 +126,7 @@ def _write(path: Path, texts: Sequence[str], max_bytes: int) -> None:
             if document not in seen:
                 seen.add(document)
                 documents.append(document)
-    size = sum(len(document.encode()) for document in documents)
-    keep = min(1.0, max_bytes / max(size, 1))
-    with atomic_write(path) as file:
-        for index, document in enumerate(documents):
-            if int((index + 1) * keep) > int(index * keep):
-                line = json.dumps({"text": document}, ensure_ascii=False)
-                file.write(line.encode("utf-8") + b"\n")
+    write_documents(path, evenly(documents, max_bytes))
 
 
 def is_japanese(text: str) -> bool:

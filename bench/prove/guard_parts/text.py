@@ -12,11 +12,12 @@ import json
 import re
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from bench import corpus
+from data_pipeline.store.files import atomic_write
 
 MATHEMATICS = ("maxima-doc", "octave-doc", "libmpfr-doc")
 """Debian packages whose manuals are mathematics and computing with it."""
@@ -83,12 +84,26 @@ def _records(path: Path) -> Iterator[tuple[str, str]]:
 def _write(path: Path, texts: Iterable[str], limit_bytes: int) -> None:
     """Take documents evenly from all of `texts` until there are `limit_bytes`."""
     documents = [document for text in texts for document in cut(text, DOCUMENT_CHARACTERS)]
+    write_documents(path, evenly(documents, limit_bytes))
+
+
+def evenly(documents: Sequence[str], max_bytes: int) -> list[str]:
+    """Return documents that lie evenly in a list, of about so many UTF-8 bytes together."""
     size = sum(len(document.encode()) for document in documents)
-    keep = min(1.0, limit_bytes / size)
-    with open(path, "w", encoding="utf-8") as file:
-        for index, document in enumerate(documents):
-            if int((index + 1) * keep) > int(index * keep):
-                file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+    keep = min(1.0, max_bytes / max(size, 1))
+    chosen = []
+    for index, document in enumerate(documents):
+        if int((index + 1) * keep) > int(index * keep):
+            chosen.append(document)
+    return chosen
+
+
+def write_documents(path: Path, documents: Iterable[str]) -> None:
+    """Write a JSONL file with one document a line, which appears once it is whole."""
+    with atomic_write(path) as file:
+        for document in documents:
+            line = json.dumps({"text": document}, ensure_ascii=False)
+            file.write(line.encode("utf-8") + b"\n")
 
 
 def cut(text: str, characters: int) -> Iterator[str]:

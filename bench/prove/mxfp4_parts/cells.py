@@ -31,6 +31,7 @@ from typing import Any
 from cpt.config import TrainSection
 from cpt.config.precision_sections import ExponentRule
 from cpt.guard.score import ScoredSet
+from cpt.model.weights.hf_layout import is_expert_matrix
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
 from data_pipeline.store.files import atomic_write
 from mxfp4_parts.kept import against_base
@@ -40,7 +41,6 @@ from mxfp4_parts.training import (
     State,
     Trainer,
     Weights,
-    is_expert_matrix,
     rounded_experts,
 )
 
@@ -146,8 +146,8 @@ def finetuning(scale: Scale, lr: float) -> TrainSection:
 def with_experts_of(weights: Weights, base: Weights) -> Weights:
     """Return weights whose experts' matrices are those of another model."""
     mixed = dict(weights)
-    for name in weights:
-        if is_expert_matrix(name):
+    for name, values in weights.items():
+        if is_expert_matrix(name, values.shape):
             mixed[name] = base[name]
     return mixed
 

@@ -137,7 +137,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         header += [f"{method}: {rule}" for rule in EXPONENT_RULES]
     lines = []
     for (arm, lr), group in groups(results).items():
-        line = [arm, _rate_text(lr)]
+        line = [arm, rate_text(lr)]
         line.append(mean_of(group, lambda result: 100 * float(result["moved"])).text(".1f"))
         line.append(mean_of(group, lambda result: 1000 * worth(result)).text(".1f"))
         for method in METHODS:
@@ -153,7 +153,8 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return "\n".join([rows[0], "|" + "---|" * len(header), *rows[1:]])
 
 
-def _rate_text(lr: float) -> str:
+def rate_text(lr: float) -> str:
+    """Return a learning rate for tables, such as 2e-4."""
     return f"{lr:.0e}".replace("e-0", "e-")
 
 
@@ -168,7 +169,7 @@ def english_table(results: Sequence[dict[str, Any]]) -> str:
         header += [f"{method}: {rule}" for rule in EXPONENT_RULES]
     lines = []
     for (arm, lr), group in groups(results).items():
-        line = [arm, _rate_text(lr), mean_of(group, _english_by_training).text("+.1f")]
+        line = [arm, rate_text(lr), mean_of(group, _english_by_training).text("+.1f")]
         for method in METHODS:
             for rule in EXPONENT_RULES:
                 line.append(_english_text(group, method, rule))
@@ -191,7 +192,7 @@ def kept_table(results: Sequence[dict[str, Any]]) -> str:
     header += [f"error: {rule}, %" for rule in EXPONENT_RULES]
     lines = []
     for (arm, lr), group in groups(results).items():
-        line = [arm, _rate_text(lr)]
+        line = [arm, rate_text(lr)]
         for rule in EXPONENT_RULES:
             line.append(_figure_text(group, rule, "kept", 1, ".2f"))
         for rule in EXPONENT_RULES:

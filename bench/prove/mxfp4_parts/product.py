@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from cpt.config.precision_sections import ExponentRule
 from cpt.telemetry.metrics import read_events
 from mxfp4_parts.cells import finetuning
+from mxfp4_parts.outcome import rate_text
 from mxfp4_parts.scale import Scale
 from mxfp4_parts.texts import DOMAINS, JAPANESE, write_mix
 from mxfp4_parts.training import Weights, model_config
@@ -148,7 +149,7 @@ def compared(
 def told(comparison: dict[str, Any]) -> str:
     """Return how near the product is to one process, in words, on two lines."""
     cell = comparison["cell"]
-    where = f"{cell['arm']}, seed {cell['seed']}, lr {cell['lr']:.0e}".replace("e-0", "e-")
+    where = f"{cell['arm']}, seed {cell['seed']}, lr {rate_text(cell['lr'])}"
     parts = []
     for name in ("released", "trained", "aware", "base experts", "exported"):
         parts.append(f"{name} {_largest(comparison, name):.0e}")

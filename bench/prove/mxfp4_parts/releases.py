@@ -71,8 +71,8 @@ def cells_of_seed(scale: Scale, seed: int) -> Iterator[tuple[Arm, list[Cell]]]:
             continue
         cells = [Cell(arm=arm.name, seed=seed, lr=lr) for lr in scale.lrs]
         if arm.has_second_run:
-            lr = scale.lrs[len(scale.lrs) // 2]
-            cells.append(Cell(arm=arm.name, seed=seed, lr=lr, is_second_run=True))
+            second = Cell(arm=arm.name, seed=seed, lr=scale.middle_lr, is_second_run=True)
+            cells.append(second)
         yield arm, cells
 
 

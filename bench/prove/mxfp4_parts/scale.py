@@ -48,6 +48,11 @@ class Scale:
         return 2 * self.steps // 3
 
     @property
+    def middle_lr(self) -> float:
+        """The middle one of the peaks, or the upper one of the two in the middle."""
+        return self.lrs[len(self.lrs) // 2]
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of one optimizer step."""
         return self.seq_len * self.global_batch_size

@@ -18,13 +18,12 @@ from typing import Any
 
 import yaml
 from guard_parts.packages import write_texts
-from guard_parts.text import cut
+from guard_parts.text import cut, evenly, write_documents
 
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
-from data_pipeline.store.files import atomic_write
 from mxfp4_parts.scale import Scale
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -73,24 +72,9 @@ def _texts(lines: list[str]) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def evenly(documents: list[str], max_bytes: int) -> list[str]:
-    """Return documents that lie evenly in a list, of about so many UTF-8 bytes together."""
-    size = sum(len(document.encode()) for document in documents)
-    keep = min(1.0, max_bytes / size)
-    chosen = []
-    for index, document in enumerate(documents):
-        if int((index + 1) * keep) > int(index * keep):
-            chosen.append(document)
-    return chosen
-
-
 def _write(path: Path, texts: list[str]) -> None:
-    if path.exists():
-        return
-    with atomic_write(path) as file:
-        for text in texts:
-            line = json.dumps({"text": text}, ensure_ascii=False)
-            file.write(line.encode("utf-8") + b"\n")
+    if not path.exists():
+        write_documents(path, texts)
 
 
 def write_mix(folder: Path, scale: Scale, seed: int, shares: dict[str, float]) -> Path:

@@ -26,6 +26,7 @@ from cpt.config.precision_sections import ExponentRule
 from cpt.guard.score import ScoredSet, bits_per_byte, score_domain
 from cpt.model import attention, gpt_oss
 from cpt.model.configuration import PRESETS
+from cpt.model.weights.hf_layout import is_expert_matrix
 from cpt.model.weights.mxfp4 import rounded
 from cpt.model.weights.random_init import RandomWeights
 from cpt.model.weights.source import fill_model
@@ -69,16 +70,11 @@ class State:
         return cls(step=step, weights=weights, optimizer=optimizer)
 
 
-def is_expert_matrix(name: str) -> bool:
-    """Return whether a parameter is a matrix of all experts, which a release has in MXFP4."""
-    return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-
-
 def rounded_experts(weights: Mapping[str, torch.Tensor], rule: ExponentRule) -> Weights:
     """Return a model's weights as an MXFP4 export by a rule has them."""
     result = dict(weights)
     for name, values in weights.items():
-        if is_expert_matrix(name):
+        if is_expert_matrix(name, values.shape):
             result[name] = rounded(values, rule)
     return result
 
@@ -150,15 +146,6 @@ class Trainer:
         """Return a model with random weights."""
         fill_model(self._model, RandomWeights(seed, self.config.initializer_range))
         return State(step=0, weights=self._copied(), optimizer={})
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Return the number of all parameters, and of those in matrices of experts."""
-        counts = {"all": 0, "expert matrices": 0}
-        for name, parameter in self._model.named_parameters():
-            counts["all"] += parameter.numel()
-            if is_expert_matrix(name):
-                counts["expert matrices"] += parameter.numel()
-        return counts
 
     def train(
         self,
@@ -254,7 +241,7 @@ class _Masters:
         self._masters: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         if rule is not None:
             for name, parameter in model.named_parameters():
-                if is_expert_matrix(name):
+                if is_expert_matrix(name, parameter.shape):
                     self._masters.append((parameter, torch.empty_like(parameter)))
         self.publish()
 
