@@ -193,6 +193,9 @@ def test_figures_of_the_comment_are_those_of_the_planner(path: Path) -> None:
     assert float(recipe.find(rf"([\d.]+) GiB of {room:.1f}")) == pytest.approx(
         sum(found.memory.values()) / 2**30, rel=0.1
     )
+    if found.host:
+        on_host = sum(found.host.values()) / 2**30
+        assert float(recipe.find(r"([\d.]+) GiB of host")) == pytest.approx(on_host, rel=0.1)
     tokens = float(recipe.find(r"([\d,]+) tokens/s/GPU").replace(",", ""))
     assert tokens == pytest.approx(found.tokens_per_gpu_second, rel=0.1)
     assert recipe.find(r"bottleneck (\w+)") == found.bottleneck
