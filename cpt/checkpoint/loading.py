@@ -35,10 +35,16 @@ from cpt.checkpoint.reader import (
 from cpt.checkpoint.run_state import RunState
 from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.partition import full_local_numel, full_local_shape
-from cpt.deepspeed_adapter.shards import local_shards, publish_master_weights, set_optimizer_step
+from cpt.deepspeed_adapter.shards import (
+    local_shards,
+    moments_by_parameter,
+    publish_master_weights,
+    set_optimizer_step,
+)
 from cpt.model.adapters.layout import is_adapter_name
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
+from cpt.storage.state_bytes import MOMENTS
 from data_pipeline.store.ownership import refuse_foreign
 
 log = logging.getLogger("cpt.checkpoint")
@@ -99,6 +105,7 @@ def stored_ranges(engine: Any, topology: Topology) -> dict[str, FlatRange]:
 def tensor_records(engine: Any, topology: Topology) -> dict[str, TensorRecord]:
     """Return the record of the global tensor of every parameter that a checkpoint holds."""
     names = stored_names(engine)
+    moments = moments_by_parameter(engine)
     records = {}
     for name, parameter in engine.module.named_parameters():
         if name not in names:
@@ -106,7 +113,12 @@ def tensor_records(engine: Any, topology: Topology) -> dict[str, TensorRecord]:
         shape = full_local_shape(parameter)
         if is_expert(parameter):
             shape = (shape[0] * topology.ep_size, *shape[1:])
-        records[name] = TensorRecord(shape=shape, dtype="float32", trained=parameter.requires_grad)
+        records[name] = TensorRecord(
+            shape=shape,
+            dtype="float32",
+            trained=parameter.requires_grad,
+            moments=tuple(moments.get(name, MOMENTS)),
+        )
     return records
 
 
@@ -194,13 +206,13 @@ def _filled_ranges(
 ) -> dict[str, FlatRange]:
     """Return the ranges that the checkpoint can fill.
 
-    Moments that it does not hold, because the parameters were frozen or come from elsewhere, are
-    set to zero.
+    Moments that it does not hold, because the parameters were frozen, come from elsewhere or had
+    another optimizer, are set to zero.
     """
     kept = {}
     for key, part in ranges.items():
         kind, name = key.split("/", 1)
-        if kind == "master" or stored[name].trained:
+        if kind in stored[name].parts:
             kept[key] = part
         else:
             part.tensor.zero_()

@@ -39,7 +39,7 @@ import xxhash
 
 from cpt.errors import CheckpointError
 from cpt.parallel.division import divide_among_all
-from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
+from cpt.storage.state_bytes import FP32_BYTES, MOMENTS
 from data_pipeline.bounded.files import open_regular
 from data_pipeline.bounded.json_text import parse_json
 from data_pipeline.console.progress import show_progress
@@ -52,9 +52,9 @@ METADATA = ".metadata"
 FORMAT_VERSION = 2
 """From 2 on, `ranges.json` says where the tensors lie; before, only `.metadata` did."""
 READABLE_FORMATS = (1, 2)
-PARTS = ("master", "exp_avg", "exp_avg_sq")
-"""Tensors that are stored of a trained parameter: fp32 weights and Adam's two moments. Of a frozen
-parameter only the first is stored.
+PARTS = ("master", *MOMENTS)
+"""Tensors that are stored of a parameter that AdamW trains: fp32 weights and two moments. Of a
+frozen parameter only the first is stored.
 """
 _LARGEST_MANIFEST_BYTES = 64 * 2**20
 _MOST_VALUES = 2**22
@@ -89,18 +89,32 @@ class TensorRecord:
     dtype: str
     """Dtype in which the tensor is stored."""
     trained: bool = True
-    """Whether Adam's moments are stored; a frozen parameter has none."""
+    """Whether moments are stored; a frozen parameter has none."""
+    moments: tuple[str, ...] = MOMENTS
+    """The moments that are stored if it is trained; an optimizer may need fewer than Adam's two."""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Those of `PARTS` that are stored of it."""
-        return PARTS if self.trained else PARTS[:1]
+        return (PARTS[0], *self.moments) if self.trained else PARTS[:1]
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the tensor and its moments, all in fp32."""
-        bytes_per_element = OPTIMIZER_BYTES if self.trained else FP32_BYTES
-        return math.prod(self.shape) * bytes_per_element
+        return math.prod(self.shape) * len(self.parts) * FP32_BYTES
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as the manifest holds it: `moments` only where they are not Adam's."""
+        plain = asdict(self)
+        if self.moments == MOMENTS:
+            del plain["moments"]
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> TensorRecord:
+        """Return the record that a manifest holds."""
+        moments = tuple(plain.get("moments", MOMENTS))
+        return cls(**{**plain, "shape": tuple(plain["shape"]), "moments": moments})
 
 
 def fp32_records(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorRecord]:
@@ -147,6 +161,7 @@ def record_file(path: Path) -> FileRecord:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write and sync manifest.json; the directory counts from the rename that follows."""
     body = asdict(manifest)
+    body["tensors"] = {name: record.to_json() for name, record in manifest.tensors.items()}
     text = json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
     write_text(folder / MANIFEST, text)
 
@@ -201,7 +216,7 @@ def _parse(path: Path, content: bytes) -> Manifest:
     files = tuple(FileRecord(**record) for record in body.pop("files"))
     tensors = {}
     for name, record in body.pop("tensors").items():
-        tensors[name] = TensorRecord(**{**record, "shape": tuple(record["shape"])})
+        tensors[name] = TensorRecord.from_json(record)
     manifest = Manifest(files=files, tensors=tensors, **body)
     _check_types(manifest)
     for file in manifest.files:
@@ -257,12 +272,19 @@ def _check_types(manifest: Manifest) -> None:
         raise ValueError("a name, hash, version or dtype is no text")
     if not all(type(record.trained) is bool for record in manifest.tensors.values()):
         raise ValueError("trained is neither true nor false")
+    if not all(_are_moments(record.moments) for record in manifest.tensors.values()):
+        raise ValueError("moments are no selection of Adam's")
     if not isinstance(manifest.state, dict):
         raise ValueError("state is no mapping")
     for name, tensor in manifest.tensors.items():
         too_large = len(tensor.shape) > _LARGEST_RANK or math.prod(tensor.shape) >= 2**61
         if too_large or 0 in tensor.shape or len(name) > _LONGEST_NAME:
             raise ValueError(f"{name[:_LONGEST_NAME]!r} is no tensor of a model")
+
+
+def _are_moments(moments: tuple[Any, ...]) -> bool:
+    """Return whether each is one of Adam's moments, and none is there twice."""
+    return all(moment in MOMENTS for moment in moments) and len(set(moments)) == len(moments)
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:

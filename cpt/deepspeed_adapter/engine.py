@@ -67,7 +67,7 @@ def initialize(
     if offloads_optimizer(engine_json):
         place_gradients(engine.optimizer, files.get("offload_optimizer"))
     if "offload_optimizer" in files:
-        create_optimizer_state(engine, files["offload_optimizer"].zeros_like)
+        create_optimizer_state(engine, files["offload_optimizer"].zeros)
     if "offload_param" in files:
         move_frozen_weights(model, files["offload_param"])
     return engine

@@ -30,7 +30,12 @@ from torch import nn
 
 from cpt.config.engine_json import OFFLOADS
 from cpt.storage.file_memory import FileMemory
-from cpt.storage.state_bytes import OPTIMIZER_BYTES, host_gradient_bytes
+from cpt.storage.state_bytes import (
+    FP32_BYTES,
+    host_gradient_bytes,
+    moment_bytes,
+    moments_of_group,
+)
 
 
 def nvme_paths(engine_json: dict[str, Any]) -> dict[str, Path]:
@@ -43,19 +48,27 @@ def nvme_paths(engine_json: dict[str, Any]) -> dict[str, Path]:
     return paths
 
 
-def file_bytes(model: nn.Module, engine_json: dict[str, Any]) -> dict[str, int]:
+def file_bytes(
+    model: nn.Module, groups: list[dict[str, Any]], engine_json: dict[str, Any]
+) -> dict[str, int]:
     """Return the bytes of this rank's state that goes to NVMe, by key of the JSON.
 
-    The parameters of the model are partitioned already.
+    Args:
+        model: The model; its parameters are partitioned already.
+        groups: The parameter groups of the optimizer.
+        engine_json: The DeepSpeed JSON, resolved.
     """
-    bytes_per_trained = OPTIMIZER_BYTES + host_gradient_bytes(engine_json)
+    gradient_bytes = host_gradient_bytes(engine_json)
     optimizer_bytes = 0
-    weight_bytes = 0
+    for group in groups:
+        forms = moments_of_group(group).values()
+        trained: list[Any] = group["params"]
+        for parameter in trained:
+            numel = parameter.ds_tensor.numel()
+            optimizer_bytes += (FP32_BYTES + gradient_bytes) * numel
+            optimizer_bytes += sum(moment_bytes(form, numel) for form in forms)
     parameters: list[Any] = list(model.parameters())
-    for parameter in parameters:
-        weight_bytes += parameter.ds_tensor.nbytes
-        if parameter.requires_grad:
-            optimizer_bytes += bytes_per_trained * parameter.ds_tensor.numel()
+    weight_bytes = sum(parameter.ds_tensor.nbytes for parameter in parameters)
     sizes = {"offload_optimizer": optimizer_bytes, "offload_param": weight_bytes}
     return {name: sizes[name] for name in nvme_paths(engine_json)}
 

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from cpt.storage.state_bytes import MomentForm, moments_of_group
+
+DTYPES: dict[MomentForm, torch.dtype] = {"fp32": torch.float32}
+"""The dtype of a moment by its form."""
+Zeros = Callable[[int, torch.dtype], torch.Tensor]
+"""Allocates (numel,) of a dtype, filled with zeros."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,29 +30,63 @@ class LocalShard:
     offset: int
     """First element, counted in the flattened tensor that this rank would hold without ZeRO."""
     tensors: dict[str, torch.Tensor]
-    """`master`, `exp_avg`, `exp_avg_sq`: 1-D fp32 views without ZeRO padding; writing to them
-    changes the state. A frozen parameter has only `master`, in the working dtype, because there is
-    no other copy.
+    """`master` and the moments: 1-D views without ZeRO padding; writing to them changes the state.
+    The master is fp32, a moment has the dtype of its form. A frozen parameter has only `master`, in
+    the working dtype, because there is no other copy.
     """
 
 
-def create_optimizer_state(
-    engine: Any, zeros_like: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like
-) -> None:
-    """Give every flat partition Adam moments if it has none, as the first optimizer step would.
+def create_optimizer_state(engine: Any, zeros: Zeros | None = None) -> None:
+    """Give every flat partition its moments if it has none, as the first optimizer step would.
 
     DeepSpeed creates the state lazily, but a checkpoint is loaded, and step 0 is saved, before that
     step.
+
+    Args:
+        engine: The DeepSpeed engine.
+        zeros: Allocates moments; None allocates them beside the master weights.
     """
     inner = engine.optimizer.optimizer
-    for flat in flat_partitions(engine):
+    for flat, moments in zip(flat_partitions(engine), moments_of_partitions(engine), strict=True):
         if not inner.state.get(flat):
             # A fused optimizer hands the step to its kernel, so it lives on the partition's device.
             step_device = flat.device if inner.defaults.get("fused") else "cpu"
             state = {"step": torch.zeros((), device=step_device)}
-            for key in MOMENTS:
-                state[key] = zeros_like(flat)
+            for key, form in moments.items():
+                dtype = DTYPES[form]
+                if zeros is None:
+                    state[key] = torch.zeros_like(flat, dtype=dtype)
+                else:
+                    state[key] = zeros(flat.numel(), dtype)
             inner.state[flat] = state
+
+
+def moments_of_partitions(engine: Any) -> list[dict[str, MomentForm]]:
+    """Return the moments and their forms of each flat partition, in the order of these."""
+    zero = engine.optimizer
+    groups = zero.optimizer.param_groups
+    if engine.zero_optimization_stage() != 3:
+        return [moments_of_group(group) for group in groups]
+    numbers = [zero.sub_group_to_group_id[index] for index in range(len(zero.fp16_groups))]
+    return [moments_of_group(groups[number]) for number in numbers]
+
+
+def moments_by_parameter(engine: Any) -> dict[str, dict[str, MomentForm]]:
+    """Return the moments and their forms of every trained parameter, by name.
+
+    It is the same on all ranks, whatever a rank holds.
+    """
+    zero = engine.optimizer
+    members = zero.fp16_groups if engine.zero_optimization_stage() == 3 else zero.bit16_groups
+    by_id = {}
+    for parameters, moments in zip(members, moments_of_partitions(engine), strict=True):
+        for parameter in parameters:
+            by_id[id(parameter)] = moments
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        if id(parameter) in by_id:
+            found[name] = by_id[id(parameter)]
+    return found
 
 
 def flat_partitions(engine: Any) -> list[torch.Tensor]:
@@ -70,10 +109,7 @@ def state_tensors(engine: Any) -> dict[str, list[torch.Tensor]]:
         optimizer.append(master)
         if master.grad is not None:
             gradients.append(master.grad)
-        state = engine.optimizer.optimizer.state.get(master, {})
-        for key in MOMENTS:
-            if key in state:
-                optimizer.append(state[key])
+        optimizer += moment_tensors(engine.optimizer.optimizer.state.get(master, {})).values()
     parameters = list(engine.module.parameters())
     if engine.zero_optimization_stage() != 3:
         return {"weights": [p.data for p in parameters], "optimizer": optimizer}
@@ -82,6 +118,11 @@ def state_tensors(engine: Any) -> dict[str, list[torch.Tensor]]:
     whole = [p.data for p in parameters if p.data.numel() == p.ds_numel]
     gradients.append(engine.optimizer.grad_partitions_flat_buffer)
     return {"weights": partitions + whole, "gradients": gradients, "optimizer": optimizer}
+
+
+def moment_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return what an optimizer keeps of one flat partition besides its count of steps."""
+    return {key: value for key, value in state.items() if key != "step"}
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
@@ -153,8 +194,8 @@ def _shard_of_stage3(engine: Any, parameter: Any) -> LocalShard | None:
     )
     state = zero.optimizer.state[flat]
     tensors = {"master": flat.narrow(0, start, real)}
-    for key in MOMENTS:
-        tensors[key] = state[key].narrow(0, start, real)
+    for key, moment in moment_tensors(state).items():
+        tensors[key] = moment.narrow(0, start, real)
     return LocalShard(offset=offset, tensors=tensors)
 
 
@@ -169,8 +210,8 @@ def _shard_of_stage1_or_2(engine: Any, parameter: Any) -> LocalShard | None:
     # and lacks the state of the other groups.
     state = zero.optimizer.state[flat]
     tensors = {"master": flat.narrow(0, where.start, where.numel)}
-    for key in MOMENTS:
-        tensors[key] = state[key].narrow(0, where.start, where.numel)
+    for key, moment in moment_tensors(state).items():
+        tensors[key] = moment.narrow(0, where.start, where.numel)
     return LocalShard(offset=mapping.lp_fragment_address.start, tensors=tensors)
 
 

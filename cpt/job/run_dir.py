@@ -23,7 +23,7 @@ from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.lock import LOCK, RunLock, take_lock
 from cpt.storage.space import check_checkpoint_space, size_text
-from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
+from cpt.storage.state_bytes import FP32_BYTES, STORED_BYTES
 from data_pipeline.store.files import FILE_MODE, make_folder
 from data_pipeline.store.ownership import RUN_FOLDERS, refuse_foreign
 
@@ -180,7 +180,7 @@ def checkpoint_bytes(config: RunConfig, numels: Mapping[str, int]) -> int:
     frozen = frozen_names(config.train.freeze, numels)
     size = 0
     for name, numel in numels.items():
-        size += numel * (FP32_BYTES if name in frozen else OPTIMIZER_BYTES)
+        size += numel * (FP32_BYTES if name in frozen else STORED_BYTES)
     return size
 
 

@@ -27,7 +27,7 @@ from cpt.model.freezing import frozen_names
 from cpt.model.weights.hf_layout import is_expert_matrix, is_expert_name
 from cpt.planning.low_precision import OPERANDS, operands_memory, rounding_memory
 from cpt.planning.step_memory import StepSizes, local_tokens, mask_bytes, step_moments
-from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES, host_gradient_bytes
+from cpt.storage.state_bytes import FP32_BYTES, host_gradient_bytes, optimizer_bytes
 
 GIB = 2**30
 STEP_PARTS = ("gathered weights", "weight gradients", "activations", "logits", "update")
@@ -201,7 +201,7 @@ def _device_gradients(config: RunConfig, counts: ParameterCounts) -> int:
 def _device_optimizer(config: RunConfig, counts: ParameterCounts) -> int:
     if _offloads(config, "optimizer"):
         return 0
-    return OPTIMIZER_BYTES * _trained_per_rank(config, counts)
+    return optimizer_bytes(_trained_per_rank(config, counts))
 
 
 def _gradients_begin_anew(config: RunConfig) -> bool:
@@ -293,7 +293,7 @@ def host_memory(
     zero = config.engine_json["zero_optimization"]
     parts: dict[str, int] = {}
     if zero.get("offload_optimizer", {}).get("device") == place:
-        parts["optimizer"] = OPTIMIZER_BYTES * trained
+        parts["optimizer"] = optimizer_bytes(trained)
         parts["gradients"] = host_gradient_bytes(config.engine_json) * trained
     if zero.get("offload_param", {}).get("device") == place:
         parts["weights"] = config.itemsize * ((counts.dense + counts.experts) // config.world_size)

@@ -220,7 +220,7 @@ class TrainingEngine:
         self.router_watch = _router_watch(model, config, topology)
         separate_routers = config.guard.router_lever == "freeze"
         optimizer = create_optimizer(model, config.train, separate_routers=separate_routers)
-        files = reserve_files(model, config, topology)
+        files = reserve_files(model, optimizer, config, topology)
         self.deepspeed = initialize(model, optimizer, config.engine_json, files)
         self.rounding = ExpertRounding(
             config.train.quantize, self.deepspeed, topology.device, clock

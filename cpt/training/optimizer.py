@@ -76,7 +76,9 @@ def create_optimizer(
     return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.eps, fused=True)
 
 
-def reserve_files(model: nn.Module, config: RunConfig, topology: Topology) -> dict[str, FileMemory]:
+def reserve_files(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, topology: Topology
+) -> dict[str, FileMemory]:
     """Reserve this rank's files for the state that goes to NVMe, by key of the DeepSpeed JSON.
 
     Raises:
@@ -85,7 +87,7 @@ def reserve_files(model: nn.Module, config: RunConfig, topology: Topology) -> di
     folders = nvme_paths(config.engine_json)
     if not folders:
         return {}
-    sizes = file_bytes(model, config.engine_json)
+    sizes = file_bytes(model, optimizer.param_groups, config.engine_json)
     for name, size in sizes.items():
         folder = folders[name].resolve()
         log.info("%s: %.3f GB of each rank in files in %s", name, size / 1e9, folder)

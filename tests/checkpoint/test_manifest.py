@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tracemalloc
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from cpt.checkpoint.manifest import (
     read_manifest,
     record_file,
     verify_files,
+    write_manifest,
 )
 from cpt.checkpoint.reader import check_same_tensors, find_checkpoint, list_steps
 from cpt.errors import CheckpointError
@@ -51,6 +53,39 @@ def refusal(folder: Path) -> str:
 
 def test_manifest_comes_back_as_it_was_written(folder: Path) -> None:
     assert read_manifest(folder) == manifest_of(folder)
+
+
+def test_moments_that_a_parameter_lacks_are_known_from_its_record(tmp_path: Path) -> None:
+    manifest = dataclasses.replace(
+        manifest_of(write_checkpoint(tmp_path, 100)),
+        tensors={
+            "momentum.weight": TensorRecord(shape=(4,), dtype="float32", moments=("exp_avg",)),
+            "frozen.weight": TensorRecord(shape=(4,), dtype="float32", trained=False),
+            "adam.weight": TensorRecord(shape=(4,), dtype="float32"),
+        },
+    )
+    write_manifest(tmp_path, manifest)
+    found = read_manifest(tmp_path)
+    assert found == manifest
+    parts = {name: record.parts for name, record in found.tensors.items()}
+    assert parts["momentum.weight"] == ("master", "exp_avg")
+    assert parts["frozen.weight"] == ("master",)
+    assert parts["adam.weight"] == ("master", "exp_avg", "exp_avg_sq")
+    stored = {name: record.stored_bytes for name, record in found.tensors.items()}
+    assert stored == {"momentum.weight": 32, "frozen.weight": 16, "adam.weight": 48}
+
+
+def test_records_with_both_moments_are_written_as_before(folder: Path) -> None:
+    body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    for record in body["tensors"].values():
+        assert sorted(record) == ["dtype", "shape", "trained"]
+
+
+@pytest.mark.parametrize("moments", [["exp_avg", "exp_avg"], ["momentum"], [["exp_avg"]], [1]])
+def test_forged_moments_are_refused(folder: Path, moments: list[Any]) -> None:
+    sign_again(folder, lambda body: body["tensors"]["lm_head.weight"].update(moments=moments))
+    with pytest.raises(CheckpointError, match="not a readable manifest"):
+        read_manifest(folder)
 
 
 def test_untouched_checkpoint_is_accepted(folder: Path) -> None:
