@@ -59,7 +59,7 @@ def train(options: argparse.Namespace) -> None:
     before = measuring.resident_bytes("RssAnon")
     from step_parts.ours import build
 
-    from cpt.config.engine_json import OFFLOADS
+    from cpt.config.offload_blocks import OFFLOADS
     from cpt.deepspeed_adapter.shards import state_tensors
     from cpt.training.loader import make_micro_batch
 

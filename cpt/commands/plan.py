@@ -126,10 +126,24 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
         "default: 400 per rank",
     )
     parser.add_argument(
+        "--host_gb",
         "--host_memory_gb",
+        dest="host_gb",
         type=float,
         metavar="GB",
-        help="memory of a node's host; default: 250 per rank, gh200 480",
+        help="memory of a node's host, in 10^9 bytes; default: 250 per rank, gh200 480",
+    )
+    parser.add_argument(
+        "--nvme_gb",
+        type=float,
+        metavar="GB",
+        help="space for state on the NVMe disks of a node, in 10^9 bytes; default: none is used",
+    )
+    parser.add_argument(
+        "--nvme_gb_per_second",
+        type=float,
+        metavar="GB",
+        help="what these disks read and write in a second, together; default: 3 per rank",
     )
 
 

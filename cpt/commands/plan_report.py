@@ -33,6 +33,8 @@ from data_pipeline.console.say import say
 
 EXAMPLE_PRESET = "gpt-oss-20b"
 DEFAULT_GPU = "h100"
+NODE_NUMBERS = ("ranks_per_node", "fabric_gbit", "host_gb", "nvme_gb", "nvme_gb_per_second")
+"""Options that describe a node by a number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +66,8 @@ def plan(options: argparse.Namespace) -> None:
 
     Args:
         options: `config`, `ds_config`, `set`, `gpus`, `model`, `seq_len`, `batch_tokens`, `gpu`,
-            `cluster`, `ranks_per_node`, `fabric_gbit`, `host_memory_gb`, `mfu`, `imbalance`,
-            `routing_of`, `overlap` and `plot` of the command line.
+            `cluster`, `ranks_per_node`, `fabric_gbit`, `host_gb`, `nvme_gb`, `nvme_gb_per_second`,
+            `mfu`, `imbalance`, `routing_of`, `overlap` and `plot` of the command line.
 
     Raises:
         ConfigError: a file or an option makes no sense.
@@ -125,7 +127,7 @@ def assumptions(options: argparse.Namespace) -> Assumptions:
         problems.append("--gpus must be >= 1.")
     if options.seq_len and min(options.seq_len) < 1:
         problems.append("--seq_len must be >= 1.")
-    for name in ("ranks_per_node", "fabric_gbit", "host_memory_gb"):
+    for name in NODE_NUMBERS:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             problems.append(f"--{name} is {value}, must be above 0.")
@@ -157,9 +159,15 @@ def gpu_in_node(options: argparse.Namespace) -> Gpu:
     if node_gbit is None:
         node_gbit = ranks * gpu.network_bytes_per_second * 8 / 1e9
     gpu = with_fabric(gpu, ranks, node_gbit)
-    if options.host_memory_gb is None:
-        return gpu
-    return replace(gpu, host_memory_bytes=options.host_memory_gb * 1e9 / ranks)
+    shares = {
+        "host_memory_bytes": options.host_gb,
+        "nvme_bytes": options.nvme_gb,
+        "nvme_bytes_per_second": options.nvme_gb_per_second,
+    }
+    for name, of_node in shares.items():
+        if of_node is not None:
+            gpu = replace(gpu, **{name: of_node * 1e9 / ranks})
+    return gpu
 
 
 class _Planner:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cpt.config.engine_values import value_problems
+from cpt.config.offload_blocks import OFFLOADS, offload_problems
 from cpt.config.sections import ExpertParallelJson
 from data_pipeline.config.strict_yaml import KeyPath, Located, Reader, nearest
 
@@ -40,8 +41,6 @@ KNOWN_KEYS = (
 )
 """Top-level keys that this project accepts; DeepSpeed itself would ignore a misspelled one."""
 
-OFFLOADS = ("offload_optimizer", "offload_param")
-OFFLOAD_DEVICES = ("none", "cpu", "nvme")
 KNOWN_ZERO_KEYS = (
     "stage",
     *OFFLOADS,
@@ -76,6 +75,11 @@ REFUSED_ZERO_KEYS = {
     ),
     "zero_quantized_nontrainable_weights": (
         "it would round the frozen weights that every step computes with; remove it."
+    ),
+    "zenflow": (
+        "it updates the largest gradients after every micro step by an AdamW of its own, before "
+        "the ranks know the norm that clips or drops an update, rounds the master weights to the "
+        "working precision, and takes the three axes of experts for two; remove it."
     ),
     "cpu_offload": (
         'it is the old word for offload_optimizer; write "offload_optimizer": {"device": "cpu"}.'
@@ -182,7 +186,7 @@ def _zero_problems(file: Located) -> list[str]:
                 f"{file.where(('zero_optimization', key))} is not a key that this project runs "
                 f"with.{nearest(key, KNOWN_ZERO_KEYS)}"
             )
-    return problems + _offload_problems(file, zero)
+    return problems + offload_problems(file, zero)
 
 
 def _unsafe_values(file: Located) -> list[str]:
@@ -223,69 +227,6 @@ def _block(file: Located, name: str) -> dict[str, Any]:
     """Return a block of the JSON; an empty one if it is missing or malformed."""
     value = file.value.get(name)
     return value if isinstance(value, dict) else {}
-
-
-def _offload_problems(file: Located, zero: dict[str, Any]) -> list[str]:
-    """Return what is wrong with the blocks that offload state."""
-    problems = []
-    places = []
-    for name in OFFLOADS:
-        block = zero.get(name)
-        if isinstance(block, dict):
-            places.append(block.get("device"))
-            problems += _problems_of_one_offload(file, name, block, zero.get("stage"))
-    if "nvme" in places and "aio" in file.value:
-        problems.append(
-            f"{file.where(('aio',))} has no effect: state on NVMe is mapped into memory. Remove it."
-        )
-    return problems
-
-
-def _problems_of_one_offload(
-    file: Located, name: str, block: dict[str, Any], stage: Any
-) -> list[str]:
-    problems = []
-    place = block.get("device")
-    if place not in OFFLOAD_DEVICES:
-        problems.append(
-            f"{file.where(('zero_optimization', name, 'device'))} is {json.dumps(place)}, must be "
-            f"one of {', '.join(OFFLOAD_DEVICES)}."
-        )
-    reason = _why_not_in_stage(name, place)
-    if stage in (1, 2) and reason:
-        problems.append(
-            f"{file.where(('zero_optimization', name))} has device {place!r}, but DeepSpeed "
-            f"{reason} in ZeRO stage {stage}. Use stage 3, or remove the block."
-        )
-    if place == "nvme":
-        problems += _nvme_problems(file, name, block)
-    return problems
-
-
-def _why_not_in_stage(name: str, place: Any) -> str:
-    """Return why ZeRO stages 1 and 2 cannot offload this, or an empty string."""
-    if name == "offload_param" and place in ("cpu", "nvme"):
-        return "keeps weights whole on every GPU"
-    if place == "nvme":
-        return "keeps no state in files"
-    return ""
-
-
-def _nvme_problems(file: Located, name: str, block: dict[str, Any]) -> list[str]:
-    """Return what is wrong with one block for state on NVMe."""
-    problems = []
-    path = block.get("nvme_path")
-    if not isinstance(path, str) or not path:
-        where = file.where(("zero_optimization", name, "nvme_path"))
-        problems.append(f"{where} is {json.dumps(path)}, must be a folder on a disk of each node.")
-    for key in block:
-        if key not in ("device", "nvme_path"):
-            problems.append(
-                f"{file.where(('zero_optimization', name, key))} has no effect on state on NVMe: "
-                "the files are mapped into memory, and the kernel decides which pages stay there. "
-                "Remove it."
-            )
-    return problems
 
 
 def _malformed_blocks(

@@ -11,8 +11,9 @@ import math
 from typing import Any
 
 from cpt.config.block_parts import block_problems
-from cpt.config.engine_json import OFFLOADS, OWN_KEYS, REFUSED_KEYS
+from cpt.config.engine_json import OWN_KEYS, REFUSED_KEYS
 from cpt.config.layout import SizeChooser, Wanted, divides, expert_rules, sequence_rules
+from cpt.config.offload_blocks import OFFLOADS
 from cpt.config.sections import LaunchInfo, RunConfig, RunYaml
 from cpt.config.window import window_tokens
 from cpt.errors import ConfigError

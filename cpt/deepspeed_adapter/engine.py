@@ -16,11 +16,12 @@ from cpt.deepspeed_adapter.offload import (
     offloaded_state,
     offloads_optimizer,
     on_host,
-    place_gradients,
+    settle_gradients,
 )
 from cpt.deepspeed_adapter.shards import create_optimizer_state
 from cpt.deepspeed_adapter.version import Feature, check_private_code
 from cpt.storage.file_memory import FileMemory
+from cpt.storage.state_bytes import gradient_place
 
 
 def check_internals(engine_json: dict[str, Any]) -> None:
@@ -39,6 +40,8 @@ def check_internals(engine_json: dict[str, Any]) -> None:
         features.append("offloaded optimizer")
     if "offload_optimizer" in paths:
         features.append("NVMe optimizer")
+    if gradient_place(engine_json) is not None and not offloads_optimizer(engine_json):
+        features.append("offloaded optimizer of ZeRO-1 or 2")
     if "offload_param" in paths:
         features.append("NVMe weights")
     check_private_code(features)
@@ -64,8 +67,7 @@ def initialize(
     frozen_experts = nullcontext() if is_stage3 else experts_may_be_frozen(model)
     with offloaded_state(engine_json, files), frozen_experts:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    if offloads_optimizer(engine_json):
-        place_gradients(engine.optimizer, files.get("offload_optimizer"))
+    settle_gradients(engine, engine_json, files)
     if "offload_optimizer" in files:
         create_optimizer_state(engine, files["offload_optimizer"].zeros)
     if "offload_param" in files:

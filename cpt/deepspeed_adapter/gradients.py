@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cpt.deepspeed_adapter.gradient_places import forget_sums, offloaded_gradients
 from cpt.deepspeed_adapter.shards import flat_partitions
 from cpt.errors import InternalError
 
@@ -93,9 +94,7 @@ def _follows(gradient: torch.Tensor, part: torch.Tensor) -> bool:
 def _owned_gradients(engine: Any) -> list[torch.Tensor]:
     zero = engine.optimizer
     if _is_offloaded(engine):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies to the host run on streams of their own
-        return [flat.grad for flat in flat_partitions(engine) if flat.grad is not None]
+        return offloaded_gradients(zero, flat_partitions(engine))
     gradients: list[torch.Tensor] = []
     for group in zero.averaged_gradients.values():
         if group is not None:
@@ -104,7 +103,7 @@ def _owned_gradients(engine: Any) -> list[torch.Tensor]:
 
 
 def _is_offloaded(engine: Any) -> bool:
-    """Return whether the optimizer state, hence the gradients that Adam reads, is on the host."""
+    """Return whether the optimizer state is on the host."""
     if engine.zero_optimization_stage() == 3:
         return bool(engine.optimizer.offload_optimizer)
     return bool(engine.optimizer.cpu_offload)
@@ -140,6 +139,8 @@ def discard_gradients(engine: Any) -> None:
     device = flat_partitions(engine)[0].device
     with _norm_replaced(engine, torch.full((), -1.0, device=device)):
         engine.step()
+    if engine.zero_optimization_stage() != 3 and _is_offloaded(engine):
+        forget_sums(engine.optimizer)
     if engine.was_step_applied():
         raise InternalError(
             "DeepSpeed applied an update that was to be dropped; the last checkpoint is intact."

@@ -30,8 +30,8 @@ JUDGES: dict[str, type[DeepSpeedConfigModel]] = {
     "compile": CompileConfig,
 }
 """DeepSpeed's class of each block that has one."""
-_TOLD_ELSEWHERE = ("stage", "device", "nvme_path")
-"""Keys of `zero_optimization` that `cpt.config.engine_json` checks."""
+_TOLD_ELSEWHERE = ("stage", "device", "nvme_path", "gradients")
+"""Keys of `zero_optimization` and of its blocks that `cpt.config` checks."""
 
 
 def block_problems(file: Located) -> list[str]:

@@ -1,12 +1,13 @@
-"""Offloaded state of ZeRO-3: gradients are held once, and state on NVMe lies in mapped files.
+"""Offloaded state: gradients are held once, and state on NVMe lies in mapped files.
 
 DeepSpeed takes state on NVMe for host memory, and that memory is a file
 (cpt/storage/file_memory.py). Its own swapper holds such state in files of which it reads a group at
 a time: no save, resume or gradient norm would see it.
 
-Where the optimizer state is on the host, DeepSpeed adds gradients up in one buffer and copies them
-to another, which Adam reads. Here both are the same memory if they have the same dtype: the copy
-rounds nothing then, and the next step overwrites the buffer before it reads it.
+Where the optimizer state of ZeRO-3 is on the host, DeepSpeed adds gradients up in one buffer and
+copies them to another, which Adam reads. Here both are the same memory if they have the same dtype:
+the copy rounds nothing then, and the next step overwrites the buffer before it reads it. A run may
+also keep them on the device (gradient_places.py).
 
 `offloaded_state` replaces methods of DeepSpeed while an engine is built. The sources of the
 replaced methods are compared with those that were read before an engine is built
@@ -24,14 +25,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
-from cpt.config.engine_json import OFFLOADS
+from cpt.config.offload_blocks import OFFLOADS
+from cpt.deepspeed_adapter.gradient_places import (
+    CopiesForUpdate,
+    SumsOnHost,
+    clip_only_if_needed,
+    sum_on_device,
+)
 from cpt.storage.file_memory import FileMemory
 from cpt.storage.state_bytes import (
     FP32_BYTES,
+    gradient_place,
     host_gradient_bytes,
     moment_bytes,
     moments_of_group,
@@ -77,10 +86,16 @@ def on_host(engine_json: dict[str, Any]) -> dict[str, Any]:
     """Return the JSON for DeepSpeed, in which state on NVMe is state on the host.
 
     The memory is not page-locked, which is DeepSpeed's default: torch never gives such memory back,
-    even after files have taken its place.
+    even after files have taken its place. The place of gradients is this project's own key.
     """
-    blocks = {name: {"device": "cpu", "pin_memory": False} for name in nvme_paths(engine_json)}
-    return {**engine_json, "zero_optimization": {**engine_json["zero_optimization"], **blocks}}
+    zero = dict(engine_json["zero_optimization"])
+    for name in nvme_paths(engine_json):
+        zero[name] = {"device": "cpu", "pin_memory": False}
+    if "offload_optimizer" in zero:
+        block = dict(zero["offload_optimizer"])
+        block.pop("gradients", None)
+        zero["offload_optimizer"] = block
+    return {**engine_json, "zero_optimization": zero}
 
 
 @contextmanager
@@ -104,6 +119,8 @@ def offloaded_state(engine_json: dict[str, Any], files: dict[str, FileMemory]) -
         replacements["initialize_optimizer_states"] = _leave_gradients_in_files
     elif offloads_optimizer(engine_json):
         replacements["initialize_optimizer_states"] = _leave_gradients
+    if offloads_optimizer(engine_json) and gradient_place(engine_json) == "device":
+        replacements["initialize_optimizer_states"] = _leave_gradients_on_device
     replaced = {name: getattr(DeepSpeedZeroOptimizer_Stage3, name) for name in replacements}
     try:
         for name, method in replacements.items():
@@ -118,6 +135,36 @@ def offloads_optimizer(engine_json: dict[str, Any]) -> bool:
     """Return whether ZeRO-3 keeps the optimizer state off the device."""
     zero = engine_json["zero_optimization"]
     return zero["stage"] == 3 and "offload_optimizer" in zero
+
+
+def settle_gradients(
+    engine: Any, engine_json: dict[str, Any], files: dict[str, FileMemory]
+) -> None:
+    """Put the gradients of an engine with offloaded state where the configuration says.
+
+    Args:
+        engine: The engine, which was built inside `offloaded_state`.
+        engine_json: The DeepSpeed JSON, resolved.
+        files: Memory of the state on NVMe, by key of the JSON.
+    """
+    place = gradient_place(engine_json)
+    if place is None:
+        return
+    zero = engine.optimizer
+    if engine_json["zero_optimization"]["stage"] != 3:
+        if place == "host":
+            SumsOnHost(zero)
+        else:
+            sum_on_device(zero)
+        return
+    if place == "host":
+        place_gradients(zero, files.get("offload_optimizer"))
+        clip_only_if_needed(zero)
+        return
+    zero.device = OffloadDeviceEnum.cpu
+    block = on_host(engine_json)["zero_optimization"]["offload_optimizer"]
+    zero.offload_optimizer_pin_memory = block.get("pin_memory", True)
+    zero.copies_for_update = CopiesForUpdate(zero, pin_memory=zero.offload_optimizer_pin_memory)
 
 
 def _create_weights(zero: Any, memory: FileMemory) -> None:
@@ -154,6 +201,16 @@ def _leave_gradients_in_files(zero: Any) -> None:
     buffer.
     """
     zero.device = torch.device("meta")
+
+
+def _leave_gradients_on_device(zero: Any) -> None:
+    """Allocate no gradients for Adam, and let those that add up be on the device.
+
+    Right after this method DeepSpeed allocates their buffer on `zero.device`, page-locked if the
+    state is. `settle_gradients` sets both right.
+    """
+    zero.device = get_accelerator().current_device_name()
+    zero.offload_optimizer_pin_memory = False
 
 
 def place_gradients(zero: Any, memory: FileMemory | None) -> None:

@@ -27,7 +27,13 @@ from cpt.errors import ConfigError
 TESTED_VERSIONS = ("0.19.8",)
 
 Feature = Literal[
-    "experts", "ZeRO-1 or 2", "ZeRO-3", "offloaded optimizer", "NVMe optimizer", "NVMe weights"
+    "experts",
+    "ZeRO-1 or 2",
+    "ZeRO-3",
+    "offloaded optimizer",
+    "offloaded optimizer of ZeRO-1 or 2",
+    "NVMe optimizer",
+    "NVMe weights",
 ]
 """A part of this room that relies on private code of DeepSpeed."""
 
@@ -72,7 +78,8 @@ RELIED_ON: dict[Feature, tuple[PrivateCode, ...]] = {
         PrivateCode(Init, "_convert_to_deepspeed_param", "77281d2526a148fb"),
     ),
     # offload.py replaces the first method. The second makes the buffer and the dictionary that
-    # `place_gradients` uses; the last two write to them.
+    # `place_gradients` uses; the next two write to them. gradient_places.py replaces the fourth,
+    # the fifth and the sixth, in the order in which the last one calls them.
     "offloaded optimizer": (
         PrivateCode(
             DeepSpeedZeroOptimizer_Stage3, "initialize_optimizer_states", "e7929e87483515f8"
@@ -82,6 +89,26 @@ RELIED_ON: dict[Feature, tuple[PrivateCode, ...]] = {
         PrivateCode(
             DeepSpeedZeroOptimizer_Stage3, "_offload_grad_partition_at_boundary", "0a84c049d8c77972"
         ),
+        PrivateCode(DeepSpeedZeroOptimizer_Stage3, "unscale_and_clip_grads", "3f0d9e8e7861fd44"),
+        PrivateCode(DeepSpeedZeroOptimizer_Stage3, "_release_sub_group", "8830be5fe99207f7"),
+        PrivateCode(DeepSpeedZeroOptimizer_Stage3, "step", "c751b3209f83d3b9"),
+    ),
+    # gradient_places.py replaces the first five methods; the others call them.
+    "offloaded optimizer of ZeRO-1 or 2": (
+        PrivateCode(
+            DeepSpeedZeroOptimizer, "_use_compact_grad_partition_buffer", "b4b53eb20083e540"
+        ),
+        PrivateCode(
+            DeepSpeedZeroOptimizer, "_build_compact_grad_partition_buffer", "54c896878ee928ae"
+        ),
+        PrivateCode(DeepSpeedZeroOptimizer, "_add_to_grad_partition_buffer", "e52e5fd8099bcac7"),
+        PrivateCode(DeepSpeedZeroOptimizer, "copy_grads_in_partition", "110f723937b99fb9"),
+        PrivateCode(DeepSpeedZeroOptimizer, "unscale_and_clip_grads", "6bf2ce6f97eafcc2"),
+        PrivateCode(
+            DeepSpeedZeroOptimizer, "_get_compact_grad_partition_buffer", "56079ca1527810c5"
+        ),
+        PrivateCode(DeepSpeedZeroOptimizer, "setup_buckets", "82266aa4880f7d64"),
+        PrivateCode(DeepSpeedZeroOptimizer, "step", "9520884fd916d178"),
     ),
     # offload.py replaces this method.
     "NVMe optimizer": (

@@ -17,8 +17,9 @@ from cpt.model.adapters.layout import adapter_summary
 from cpt.model.freezing import frozen_names
 from cpt.model.parameters import parameter_numels
 from cpt.planning.fit import fitting_gpus
+from cpt.planning.host_memory import memory_tables
 from cpt.planning.low_precision import products_text, rounding_text
-from cpt.planning.memory import GIB, counts_of, device_memory, memory_tables
+from cpt.planning.memory import GIB, counts_of, device_memory
 from data_pipeline.build.found_builds import input_bytes
 
 

@@ -6,12 +6,13 @@
               half of the experts' where `model.expert_overlap` is halves: what travels while the
               other half is computed (counted, not measured)
     exposed   ZeRO's traffic and the copies of offloading as far as compute does not hide them:
-              a share `1 - overlap` of the longer of the two
-    step      max(compute + exchange + exposed, NVLink, InfiniBand, PCIe) + update + rounding
+              a share `1 - overlap` of the longer of the two; copies to and from memory that is not
+              page-locked wholly
+    step      max(compute + exchange + exposed, NVLink, InfiniBand, PCIe) + update + NVMe + rounding
 
 DeepSpeed fetches weights ahead of use, but not an expert tensor that is larger than its prefetch
 bucket, so how much of ZeRO's traffic hides behind compute is an assumption.  The halo hides.  The
-update follows the last backward.
+update follows the last backward; what it is made of on a host is in host_work.py.
 """
 
 from __future__ import annotations
@@ -24,17 +25,14 @@ from cpt.config import RunConfig
 from cpt.planning.adapter_work import AdapterWork
 from cpt.planning.flops import TokenFlops, flops_per_token
 from cpt.planning.hardware import Assumptions, Gpu
+from cpt.planning.host_memory import host_memory
+from cpt.planning.host_work import Copies, copies
+from cpt.planning.host_work import update_seconds as host_update_seconds
 from cpt.planning.low_precision import EightBitWork, rounding_seconds
-from cpt.planning.memory import ParameterCounts, device_memory, host_memory
+from cpt.planning.memory import ParameterCounts, device_memory, trained_per_rank
 from cpt.planning.part_times import PRODUCTS, REST, UPDATE_BYTES, Held, micro_step_parts
 from cpt.planning.step_work import PASSES, ModelSizes, Share
 from cpt.planning.traffic import Wire, traffic
-from cpt.storage.state_bytes import FP32_BYTES
-
-HOST_ADAM_BYTES = 30
-"""Memory traffic of an Adam update on the host per parameter: weight, gradient and two moments in
-fp32 are read, three of them and the bf16 weight are written.
-"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +62,7 @@ class Estimate:
     step_seconds: float
     """Time of one optimizer step."""
     fits: bool
-    """Whether device and host memory suffice."""
+    """Whether device and host memory, and the space on NVMe, suffice."""
 
     @property
     def tokens_per_gpu_second(self) -> float:
@@ -86,12 +84,60 @@ class Estimate:
         return self.tokens_per_gpu_second * self.flops.total / gpu.bf16_flops
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankBytes:
+    """Bytes of a rank by part."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+    nvme: dict[str, int]
+
+    @classmethod
+    def of(cls, config: RunConfig, model: GptOssConfig, counts: ParameterCounts) -> RankBytes:
+        """Return what a layout holds."""
+        return cls(
+            device=device_memory(config, model, counts),
+            host=host_memory(config, model, counts),
+            nvme=host_memory(config, model, counts, "nvme"),
+        )
+
+    def fits(self, gpu: Gpu, assumed: Assumptions) -> bool:
+        """Return whether device and the shares of host and disks suffice.
+
+        Disks of which nothing is known suffice.
+        """
+        return (
+            sum(self.device.values()) <= assumed.memory_share * gpu.memory_bytes
+            and sum(self.host.values()) <= assumed.host_memory_share * gpu.host_memory_bytes
+            and (not gpu.nvme_bytes or sum(self.nvme.values()) <= gpu.nvme_bytes)
+        )
+
+
 def estimate(
     config: RunConfig, model: GptOssConfig, counts: ParameterCounts, gpu: Gpu, assumed: Assumptions
 ) -> Estimate:
     """Estimate memory, traffic and time of one resolved layout."""
-    memory = device_memory(config, model, counts)
-    host = host_memory(config, model, counts)
+    return _estimate(RankBytes.of(config, model, counts), config, model, counts, gpu, assumed)
+
+
+def estimate_if_it_fits(
+    config: RunConfig, model: GptOssConfig, counts: ParameterCounts, gpu: Gpu, assumed: Assumptions
+) -> Estimate | None:
+    """Estimate a layout; None if it does not fit, whose time is not worth finding."""
+    held = RankBytes.of(config, model, counts)
+    if not held.fits(gpu, assumed):
+        return None
+    return _estimate(held, config, model, counts, gpu, assumed)
+
+
+def _estimate(
+    held: RankBytes,
+    config: RunConfig,
+    model: GptOssConfig,
+    counts: ParameterCounts,
+    gpu: Gpu,
+    assumed: Assumptions,
+) -> Estimate:
     wire = traffic(config, model, counts, assumed.ranks_per_node)
     flops = flops_per_token(model, config.train.seq_len, trains_weights=not config.adapter.is_on)
     parts: dict[str, float] = {}
@@ -110,20 +156,20 @@ def estimate(
             in_experts = parts[PRODUCTS] + parts[REST]
         # The first half on its way out and the second one on its way back meet no computing.
         exchange -= min(links["experts"] / 2, in_experts)
-    busy = _busy_seconds(config, counts, wire, host, gpu, assumed)
+    moved = copies(config, counts, held.host)
+    busy = _busy_seconds(wire, moved, gpu, assumed)
     zero = links["ZeRO gather"] + links["ZeRO reduce"]
     exposed = (1 - assumed.overlap) * max(zero, busy["PCIe"])
-    update = _update_seconds(config, counts, gpu)
-    afterwards = {"update": update}
+    if not moved.page_locked:
+        exposed = max(exposed, busy["PCIe"])
+    afterwards = _update_seconds(config, counts, gpu)
     if config.train.quantize.is_on:
         afterwards["rounding"] = rounding_seconds(config, counts.expert_matrices, gpu)
-    fits_device = sum(memory.values()) <= assumed.memory_share * gpu.memory_bytes
-    fits_host = sum(host.values()) <= assumed.host_memory_share * gpu.host_memory_bytes
     return Estimate(
         config=config,
-        memory=memory,
-        host=host,
-        nvme=host_memory(config, model, counts, "nvme"),
+        memory=held.device,
+        host=held.host,
+        nvme=held.nvme,
         wire=wire,
         flops=flops,
         seconds={"compute": compute, **busy, **afterwards},
@@ -131,7 +177,7 @@ def estimate(
         exchange_seconds=exchange,
         exposed_seconds=exposed,
         step_seconds=max(compute + exchange + exposed, *busy.values()) + sum(afterwards.values()),
-        fits=fits_device and fits_host,
+        fits=held.fits(gpu, assumed),
     )
 
 
@@ -218,12 +264,7 @@ def _link_seconds(wire: dict[str, Wire], gpu: Gpu, assumed: Assumptions) -> dict
 
 
 def _busy_seconds(
-    config: RunConfig,
-    counts: ParameterCounts,
-    wire: dict[str, Wire],
-    host: dict[str, int],
-    gpu: Gpu,
-    assumed: Assumptions,
+    wire: dict[str, Wire], moved: Copies, gpu: Gpu, assumed: Assumptions
 ) -> dict[str, float]:
     """Return how long each link is at work."""
     intra = sum(sent.intra for sent in wire.values())
@@ -231,27 +272,13 @@ def _busy_seconds(
     return {
         "NVLink": intra / (assumed.nvlink_share * gpu.nvlink_bytes_per_second),
         "InfiniBand": inter / (assumed.network_share * gpu.network_bytes_per_second),
-        "PCIe": _copied_bytes(config, counts, host) / gpu.pcie_bytes_per_second,
+        "PCIe": moved.seconds(gpu),
     }
 
 
-def _copied_bytes(config: RunConfig, counts: ParameterCounts, host: dict[str, int]) -> float:
-    """Return the bytes between device and host in one step, in the busier direction."""
-    zero = config.engine_json["zero_optimization"]
-    micro_steps = config.gradient_accumulation_steps
-    owned = (counts.dense + counts.experts) / config.world_size
-    # layer inputs go out in the forward and come back in the backward
-    copied: float = micro_steps * host.get("layer inputs", 0)
-    if "offload_param" in zero:
-        copied += micro_steps * 2 * config.itemsize * owned
-    if "offload_optimizer" in zero:
-        copied += micro_steps * FP32_BYTES * owned
-    return copied
-
-
-def _update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> float:
+def _update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> dict[str, float]:
     """Return the time of clipping and Adam, which the memory that holds the state bounds."""
-    trained = (counts.trained_dense + counts.trained_experts) / config.world_size
     if "offload_optimizer" in config.engine_json["zero_optimization"]:
-        return trained * HOST_ADAM_BYTES / gpu.host_bytes_per_second
-    return trained * UPDATE_BYTES / gpu.attainable().memory_bytes_per_second
+        return host_update_seconds(config, counts, gpu)
+    trained = trained_per_rank(config, counts)
+    return {"update": trained * UPDATE_BYTES / gpu.attainable().memory_bytes_per_second}

@@ -21,7 +21,8 @@ from transformers import GptOssConfig
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.errors import ConfigError
 from cpt.planning.hardware import ANY_GPU, GPUS, Assumptions
-from cpt.planning.memory import GIB, ParameterCounts, counts_of, device_memory, host_memory
+from cpt.planning.host_memory import host_memory
+from cpt.planning.memory import GIB, ParameterCounts, counts_of, device_memory
 from data_pipeline.config.strict_yaml import Located
 
 MOST_RANKS = 1024

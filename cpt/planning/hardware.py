@@ -77,6 +77,12 @@ class Gpu:
     """This GPU's share of host memory bandwidth: about 300 GB/s sustained on two sockets, for
     eight.
     """
+    nvme_bytes: float = 0.0
+    """This GPU's share of the space on the node's NVMe disks; 0 if nothing is known of them."""
+    nvme_bytes_per_second: float = 3e9
+    """This GPU's share of what these disks read and write, both together: one disk of PCIe 4.0 x4
+    for each two GPUs (6 to 7 GB/s by data sheets).
+    """
     ranks_per_node: int = 8
     """GPUs of a usual node."""
     fp8_flops: float | None = None
@@ -306,6 +312,25 @@ def with_fabric(gpu: Gpu, ranks_per_node: int, fabric_gbit: float) -> Gpu:
     return replace(gpu, ranks_per_node=ranks_per_node, network_bytes_per_second=share)
 
 
+def gigabytes(size: float) -> str:
+    """Return bytes as memory is sold: GB of 10^9, TB of 10^12 bytes."""
+    if size >= 1e12:
+        return f"{size / 1e12:.2f} TB"
+    return f"{size / 1e9:,.0f} GB"
+
+
+def _nvme_lines(gpu: Gpu, ranks: int) -> list[str]:
+    """Return what a plan assumes of the disks of a node."""
+    space = "not searched (--nvme_gb)"
+    if gpu.nvme_bytes:
+        space = f"{gigabytes(ranks * gpu.nvme_bytes)} per node (--nvme_gb)"
+    return [
+        f"NVMe: {space}; state there is read and written at "
+        f"{ranks * gpu.nvme_bytes_per_second / 1e9:,.0f} GB/s per node, both together "
+        "(--nvme_gb_per_second); what the page cache holds is not counted on"
+    ]
+
+
 ANY_GPU = "any"
 """Name that stands for no GPU in particular: nothing is compared with its memory."""
 
@@ -394,8 +419,12 @@ class Assumptions:
             f"{links} per GPU and direction, {ranks} rank{plural} per node with {fabric:,.0f} "
             f"Gbit/s (--ranks_per_node, --fabric_gbit, --cluster); {self.memory_share:.0%} of "
             "device memory may be filled",
-            f"host: {ranks * gpu.host_memory_bytes / 1e9:,.0f} GB per node (--host_memory_gb), of "
-            f"which offloaded state may fill {self.host_memory_share:.0%}",
+            f"host: {gigabytes(ranks * gpu.host_memory_bytes)} per node (--host_gb), of which "
+            f"offloaded state may fill {self.host_memory_share:.0%}; "
+            f"{ranks * gpu.host_bytes_per_second / 1e9:,.0f} GB/s of memory bandwidth, shared by "
+            f"its ranks; {gpu.pcie_bytes_per_second / 1e9:.0f} GB/s per GPU and direction between "
+            "them",
+            *_nvme_lines(gpu, ranks),
         ]
 
     def _computing_lines(self, gpu: Gpu) -> list[str]:

@@ -26,8 +26,12 @@ from cpt.model.experts.packed import packed_bytes
 from cpt.model.freezing import frozen_names
 from cpt.model.weights.hf_layout import is_expert_matrix, is_expert_name
 from cpt.planning.low_precision import OPERANDS, operands_memory, rounding_memory
-from cpt.planning.step_memory import StepSizes, local_tokens, mask_bytes, step_moments
-from cpt.storage.state_bytes import FP32_BYTES, host_gradient_bytes, optimizer_bytes
+from cpt.planning.step_memory import StepSizes, mask_bytes, step_moments
+from cpt.storage.state_bytes import (
+    FP32_BYTES,
+    device_gradient_bytes,
+    optimizer_bytes,
+)
 
 GIB = 2**30
 STEP_PARTS = ("gathered weights", "weight gradients", "activations", "logits", "update")
@@ -180,7 +184,7 @@ def device_memory(
 
 
 def _device_weights(config: RunConfig, counts: ParameterCounts) -> int:
-    if _offloads(config, "param"):
+    if offloads(config, "param"):
         return 0
     if config.zero_stage == 3:
         return config.itemsize * ((counts.dense + counts.experts) // config.world_size)
@@ -192,16 +196,13 @@ def _device_gradients(config: RunConfig, counts: ParameterCounts) -> int:
     if config.zero_stage == 1:
         held = counts.trained_dense + counts.trained_experts // config.ep_size
         return config.itemsize * held
-    if config.zero_stage == 3 and _offloads(config, "optimizer"):
-        # the other stages add them up on the device all the same
-        return 0
-    return FP32_BYTES * _trained_per_rank(config, counts)
+    return device_gradient_bytes(config.engine_json) * trained_per_rank(config, counts)
 
 
 def _device_optimizer(config: RunConfig, counts: ParameterCounts) -> int:
-    if _offloads(config, "optimizer"):
+    if offloads(config, "optimizer"):
         return 0
-    return optimizer_bytes(_trained_per_rank(config, counts))
+    return state_bytes(config, trained_per_rank(config, counts))
 
 
 def _gradients_begin_anew(config: RunConfig) -> bool:
@@ -226,18 +227,18 @@ def _device_update(config: RunConfig, counts: ParameterCounts, sizes: StepSizes)
 
     ZeRO joins the gradients of each group of parameters in one fp32 copy.
     """
-    if _offloads(config, "optimizer"):
+    if offloads(config, "optimizer"):
         return 0
     masks = mask_bytes(sizes, backward=True)
     largest = 0
-    for group in _update_groups(config, counts):
+    for group in update_groups(config, counts):
         # a single gradient is taken as it is
         if len(group) > 1:
             largest = max(largest, sum(group))
     return FP32_BYTES * largest + masks
 
 
-def _update_groups(config: RunConfig, counts: ParameterCounts) -> list[list[int]]:
+def update_groups(config: RunConfig, counts: ParameterCounts) -> list[list[int]]:
     """Return this rank's elements of each matrix, by the groups that the update goes through.
 
     Biases, norms and sinks form groups that are too small to count.
@@ -277,57 +278,16 @@ def _sub_groups(numels: list[int], size: int) -> list[list[int]]:
     return parts
 
 
-def host_memory(
-    config: RunConfig, model: GptOssConfig, counts: ParameterCounts, place: str = "cpu"
-) -> dict[str, int]:
-    """Return the bytes that offloading takes for one rank, by part.
-
-    Args:
-        config: The layout.
-        model: Gives the sizes.
-        counts: Parameters of the whole model.
-        place: `cpu`, host memory, or `nvme`, files: the value of the key `device` of an offload
-            block.
-    """
-    trained = _trained_per_rank(config, counts)
-    zero = config.engine_json["zero_optimization"]
-    parts: dict[str, int] = {}
-    if zero.get("offload_optimizer", {}).get("device") == place:
-        parts["optimizer"] = optimizer_bytes(trained)
-        parts["gradients"] = host_gradient_bytes(config.engine_json) * trained
-    if zero.get("offload_param", {}).get("device") == place:
-        parts["weights"] = config.itemsize * ((counts.dense + counts.experts) // config.world_size)
-    if config.model.offload_checkpoints and place == "cpu":
-        layer_input = config.itemsize * local_tokens(config) * model.hidden_size
-        parts["layer inputs"] = model.num_hidden_layers * layer_input
-    return parts
-
-
-def _trained_per_rank(config: RunConfig, counts: ParameterCounts) -> int:
+def trained_per_rank(config: RunConfig, counts: ParameterCounts) -> int:
+    """Return the trained parameters whose state a rank holds."""
     return (counts.trained_dense + counts.trained_experts) // config.world_size
 
 
-def _offloads(config: RunConfig, what: str) -> bool:
+def state_bytes(config: RunConfig, numel: int) -> int:
+    """Return the bytes of master weights and moments of trained parameters in memory."""
+    return optimizer_bytes(numel)
+
+
+def offloads(config: RunConfig, what: str) -> bool:
+    """Return whether `optimizer` or `param` is kept off the device."""
     return f"offload_{what}" in config.engine_json["zero_optimization"]
-
-
-def memory_tables(config: RunConfig, model: GptOssConfig) -> str:
-    """Return what one rank takes, on its device and, if state is offloaded, elsewhere."""
-    counts = counts_of(config, model)
-    places = {
-        "memory": device_memory(config, model, counts),
-        "host memory": host_memory(config, model, counts),
-        "NVMe space": host_memory(config, model, counts, "nvme"),
-    }
-    return "\n".join(_table(place, parts) for place, parts in places.items() if parts)
-
-
-def _table(place: str, parts: dict[str, int]) -> str:
-    """Return the parts and their sum, one a line."""
-    width = max(map(len, parts))
-    lines = [f"{place} of one rank (estimate, see cpt/planning/memory.py)"]
-    for name, size in parts.items():
-        if size:
-            lines.append(f"  {name:<{width}}  {size / GIB:9.2f} GiB")
-    lines.append(f"  {'sum':<{width}}  {sum(parts.values()) / GIB:9.2f} GiB")
-    return "\n".join(lines)

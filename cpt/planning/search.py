@@ -1,7 +1,8 @@
 """The search over all valid layouts of a model on a number of GPUs for the fastest that fits.
 
 A layout is sequence- and expert-parallel size, ZeRO stage, micro batch size, activation
-checkpointing and offloading. The rules of divisibility are those of `cpt.config.resolve`, which has
+checkpointing, and what is offloaded where. State goes to NVMe only if no layout fits without that,
+since it is slow. The rules of divisibility are those of `cpt.config.resolve`, which has
 the last word on the winner.  ZeRO 1 is left out: in bf16 it cannot accumulate gradients in fp32
 here.
 """
@@ -17,17 +18,55 @@ from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.config.block_parts import block_problems
-from cpt.planning.estimate import Estimate, estimate
+from cpt.planning.estimate import Estimate, estimate, estimate_if_it_fits
 from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts
 from data_pipeline.config.strict_yaml import Located
 
 ZERO_STAGES = (3, 2)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
-OFFLOADS: tuple[tuple[str, ...], ...] = (
-    (),
-    ("offload_optimizer",),
-    ("offload_optimizer", "offload_param"),
+OPTIMIZER = ("offload_optimizer",)
+OPTIMIZER_AND_WEIGHTS = ("offload_optimizer", "offload_param")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where state is that is not on the device."""
+
+    offloads: tuple[str, ...] = ()
+    """Keys of the blocks of the DeepSpeed JSON."""
+    gradients: str = "host"
+    """Where gradients add up while the optimizer state is offloaded."""
+    on_nvme: tuple[str, ...] = ()
+    """Those of `offloads` whose state is in files."""
+
+    def blocks(self) -> dict[str, Any]:
+        """Return the blocks of the DeepSpeed JSON."""
+        blocks: dict[str, Any] = {}
+        for name in self.offloads:
+            blocks[name] = {"device": "cpu", "pin_memory": True}
+            if name in self.on_nvme:
+                blocks[name] = {"device": "nvme", "nvme_path": NVME_PATH}
+        if self.offloads and self.gradients != "host":
+            blocks["offload_optimizer"]["gradients"] = self.gradients
+        return blocks
+
+
+NVME_PATH = "runs/nvme"
+"""The folder for state on NVMe in a layout found, to be replaced by one on a disk of each node."""
+IN_MEMORY = (
+    Places(),
+    Places(offloads=OPTIMIZER),
+    Places(offloads=OPTIMIZER, gradients="device"),
+    Places(offloads=OPTIMIZER_AND_WEIGHTS),
+    Places(offloads=OPTIMIZER_AND_WEIGHTS, gradients="device"),
+)
+ON_NVME = (
+    Places(offloads=OPTIMIZER, gradients="device", on_nvme=OPTIMIZER),
+    Places(offloads=OPTIMIZER, on_nvme=OPTIMIZER),
+    Places(offloads=OPTIMIZER_AND_WEIGHTS, gradients="device", on_nvme=OPTIMIZER),
+    Places(offloads=OPTIMIZER_AND_WEIGHTS, on_nvme=OPTIMIZER),
+    Places(offloads=OPTIMIZER_AND_WEIGHTS, on_nvme=OPTIMIZER_AND_WEIGHTS),
 )
 CHECKPOINTING = ((False, False), (True, False), (True, True))
 """Pairs of (activation_checkpointing, offload_checkpoints)."""
@@ -45,7 +84,7 @@ class Layout:
     micro_batch_size: int
     activation_checkpointing: bool
     offload_checkpoints: bool
-    offloads: tuple[str, ...]
+    places: Places = IN_MEMORY[0]
 
     def json(self) -> dict[str, Any]:
         """Return the DeepSpeed JSON that asks for this layout."""
@@ -60,7 +99,7 @@ class Layout:
                 "stage3_param_persistence_threshold": "auto",
             }
         zero |= {"reduce_bucket_size": "auto"}
-        zero |= {name: {"device": "cpu", "pin_memory": True} for name in self.offloads}
+        zero |= self.places.blocks()
         return {
             "gradient_clipping": "auto",
             "bf16": {"enabled": "auto"},
@@ -88,28 +127,40 @@ class Layout:
     def simplicity(self) -> tuple[int, ...]:
         """Return a rank; smaller is simpler: nothing offloaded, shared, or computed twice."""
         return (
-            len(self.offloads),
+            len(self.places.offloads) + len(self.places.on_nvme),
             int(self.offload_checkpoints),
             self.sp_size,
             int(self.activation_checkpointing),
         )
 
 
-def layouts(run: RunYaml, model: GptOssConfig, world_size: int) -> Iterator[Layout]:
-    """Yield every layout whose sizes divide what they must divide."""
+def layouts(
+    run: RunYaml,
+    model: GptOssConfig,
+    world_size: int,
+    places: tuple[Places, ...] = IN_MEMORY,
+) -> Iterator[Layout]:
+    """Yield every layout whose sizes divide what they must divide.
+
+    Args:
+        run: The run YAML.
+        model: The model.
+        world_size: Number of ranks.
+        places: The choices of where state is.
+    """
     choices = itertools.product(
         _sp_sizes(run, model, world_size),
         _ep_sizes(model, world_size),
         _stages(run, model, world_size),
         MICRO_BATCH_SIZES,
         CHECKPOINTING,
-        OFFLOADS,
+        places,
     )
-    for sp_size, ep_size, stage, micro_batch_size, checkpointing, offloads in choices:
+    for sp_size, ep_size, stage, micro_batch_size, checkpointing, place in choices:
         rows_at_a_time = micro_batch_size * world_size // sp_size
         if run.train.global_batch_size % rows_at_a_time:
             continue
-        if stage != 3 and "offload_param" in offloads:
+        if stage != 3 and ("offload_param" in place.offloads or place.on_nvme):
             continue
         activation_checkpointing, offload_checkpoints = checkpointing
         yield Layout(
@@ -119,7 +170,7 @@ def layouts(run: RunYaml, model: GptOssConfig, world_size: int) -> Iterator[Layo
             micro_batch_size=micro_batch_size,
             activation_checkpointing=activation_checkpointing,
             offload_checkpoints=offload_checkpoints,
-            offloads=offloads,
+            places=place,
         )
 
 
@@ -179,17 +230,35 @@ def search(
     Returns:
         The layout and its estimate; None if no layout fits.
     """
-    fitting: list[tuple[Layout, Estimate]] = []
+    choices = [IN_MEMORY, ON_NVME] if gpu.nvme_bytes else [IN_MEMORY]
+    for places in choices:
+        found = layouts(run, model, world_size, places)
+        fitting = _fitting(found, run, model, counts, world_size, gpu, assumed)
+        if fitting:
+            layout = _simplest_fast(fitting)
+            config = as_config(layout, run, model, world_size)
+            return layout, estimate(config, model, counts, gpu, assumed)
+    return None
+
+
+def _fitting(
+    found: Iterator[Layout],
+    run: RunYaml,
+    model: GptOssConfig,
+    counts: ParameterCounts,
+    world_size: int,
+    gpu: Gpu,
+    assumed: Assumptions,
+) -> list[tuple[Layout, Estimate]]:
+    """Return the layouts that fit, with their estimates."""
+    fitting = []
     template: dict[tuple[Any, ...], RunConfig] = {}
-    for layout in layouts(run, model, world_size):
+    for layout in found:
         config = _quick_config(layout, run, model, world_size, template)
-        found = estimate(config, model, counts, gpu, assumed)
-        if found.fits:
-            fitting.append((layout, found))
-    if not fitting:
-        return None
-    layout = _simplest_fast(fitting)
-    return layout, estimate(as_config(layout, run, model, world_size), model, counts, gpu, assumed)
+        one = estimate_if_it_fits(config, model, counts, gpu, assumed)
+        if one is not None:
+            fitting.append((layout, one))
+    return fitting
 
 
 def _simplest_fast(fitting: list[tuple[Layout, Estimate]]) -> Layout:
@@ -216,7 +285,7 @@ def _quick_config(
         layout.stage,
         layout.activation_checkpointing,
         layout.offload_checkpoints,
-        layout.offloads,
+        layout.places,
         layout.sp_size,
     )
     if key not in template:

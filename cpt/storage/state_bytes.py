@@ -57,17 +57,48 @@ def optimizer_bytes(numel: int, form: MomentForm = "fp32", num_moments: int = 2)
     return FP32_BYTES * numel + num_moments * moment_bytes(form, numel)
 
 
-def host_gradient_bytes(engine_json: dict[str, Any]) -> int:
-    """Return the bytes of a parameter's gradient where the optimizer state is offloaded.
-
-    Adam reads fp32. A gradient that adds up in fp32 is held once; under ZeRO-3 one that adds up in
-    bf16 is held in both.
+def gradient_place(engine_json: dict[str, Any]) -> Literal["host", "device"] | None:
+    """Return where gradients add up if the optimizer state is offloaded; None if it is not.
 
     Args:
         engine_json: The DeepSpeed JSON, resolved.
     """
-    accumulation = engine_json.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    block = engine_json["zero_optimization"].get("offload_optimizer")
+    if block is None:
+        return None
+    place: Literal["host", "device"] = block.get("gradients", "host")
+    return place
+
+
+def host_gradient_bytes(engine_json: dict[str, Any]) -> int:
+    """Return the bytes of a parameter's gradient on the host where the state is offloaded.
+
+    Adam reads fp32. A gradient that adds up in fp32 is held once; under ZeRO-3 one that adds up in
+    bf16 is held in both. Under ZeRO 2 the host has Adam's also if sums are on the device.
+
+    Args:
+        engine_json: The DeepSpeed JSON, resolved.
+    """
     stage = engine_json["zero_optimization"]["stage"]
-    if accumulation == "bf16" and stage == 3:
+    if stage == 3 and gradient_place(engine_json) == "device":
+        return 0
+    if stage == 3 and _adds_up_in_bf16(engine_json):
         return FP32_BYTES + BF16_BYTES
     return FP32_BYTES
+
+
+def device_gradient_bytes(engine_json: dict[str, Any]) -> int:
+    """Return the bytes of a number in which ZeRO 2 or 3 adds gradients up on the device.
+
+    Args:
+        engine_json: The DeepSpeed JSON, resolved.
+    """
+    if gradient_place(engine_json) == "host":
+        return 0
+    if engine_json["zero_optimization"]["stage"] == 3 and _adds_up_in_bf16(engine_json):
+        return BF16_BYTES
+    return FP32_BYTES
+
+
+def _adds_up_in_bf16(engine_json: dict[str, Any]) -> bool:
+    return bool(engine_json.get("data_types", {}).get("grad_accum_dtype", "fp32") == "bf16")

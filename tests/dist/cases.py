@@ -108,6 +108,10 @@ class Scenario:
     """Steps that are not run at all."""
     offloads: dict[str, str] = field(default_factory=dict)
     """Device that DeepSpeed's block names, for `optimizer` and `param`."""
+    gradients: str = ""
+    """Where gradients add up beside offloaded state; empty for the default."""
+    clipping: float = CLIPPING
+    """`train.gradient_clipping`."""
     sub_group_size: int = 0
     """Parameters that DeepSpeed updates at a time; 0 for its default."""
     ds_config: str = ""
@@ -158,6 +162,10 @@ class Scenario:
             parts.append(f"frozen-{len(self.freeze)}")
         for what, device in self.offloads.items():
             parts.append(f"{what}-{device}")
+        if self.gradients:
+            parts.append(f"gradients-{self.gradients}")
+        if self.clipping != CLIPPING:
+            parts.append(f"clipped-{self.clipping:g}")
         if self.sub_group_size:
             parts.append(f"groups-{self.sub_group_size}")
         if self.ds_config:

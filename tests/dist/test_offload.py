@@ -67,6 +67,26 @@ PLACES_IN_BF16 = [
 ]
 FROZEN_IN_BF16 = replace(IN_BF16, freeze=("experts",))
 STAGE2 = offloading(OPTIMIZER, STEPS // 3, stage=2)
+CLIPPED = replace(IN_BF16, offloads={"optimizer": "cpu"}, clipping=0.05, steps=STEPS)
+ON_DEVICE = [
+    replace(offloading(OPTIMIZER, STEPS), gradients="device"),
+    replace(IN_BF16, offloads={"optimizer": "cpu"}, gradients="device", sub_group_size=20_000),
+    replace(IN_BF16, offloads={"optimizer": "nvme"}, gradients="device"),
+    replace(IN_BF16, offloads={"optimizer": "cpu", "param": "cpu"}, gradients="device"),
+    replace(CLIPPED, gradients="device"),
+    replace(CLIPPED, gradients="device", sub_group_size=20_000),
+]
+"""ZeRO-3 with gradients on the device."""
+OF_ZERO_1_AND_2 = []
+for stage, dtype in ((2, "bf16"), (2, "fp32"), (1, "bf16"), (1, "fp32")):
+    nothing = Scenario(
+        world_size=2, sp=1, ep=2, stage=stage, dtype=dtype, micro_batch_size=1, clipping=0.05
+    )
+    on_host = replace(nothing, offloads={"optimizer": "cpu"})
+    OF_ZERO_1_AND_2.append((nothing, on_host))
+    if stage == 2:
+        OF_ZERO_1_AND_2.append((nothing, replace(on_host, gradients="device")))
+"""(Scenario that offloads nothing, scenario with the same arithmetic), four micro steps each."""
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +99,8 @@ def results(folder: Path) -> dict[str, list[dict[str, Any]]]:
     reference_model().save_pretrained(str(folder / "model"))
     scenarios = [PLAIN, FIRST, SECOND, THIRD, ON_FILES, BACK, AGAIN_ON_FILES]
     scenarios += [FROZEN, FROZEN_ON_FILES, STAGE2, IN_BF16, FROZEN_IN_BF16, *PLACES_IN_BF16]
+    scenarios += [CLIPPED, *ON_DEVICE]
+    scenarios += {one.name: one for pair in OF_ZERO_1_AND_2 for one in pair}.values()
     arguments = [str(folder), *(scenario.dump() for scenario in scenarios)]
     assert launch(ROOT / "tests" / "dist" / "worker.py", 2, arguments) == [0, 0]
     return {s.name: json.loads(parameter_file(folder, s).read_text()) for s in scenarios}
@@ -98,6 +120,56 @@ def test_wherever_state_waits_the_working_dtype_trains_the_same_bits(
     plain = FROZEN_IN_BF16 if scenario.freeze else IN_BF16
     assert_same_steps(results[scenario.name], results[plain.name])
     assert_same_bits(folder, plain, scenario)
+
+
+@named(ON_DEVICE)
+def test_gradients_on_the_device_train_the_same_bits_as_on_the_host(
+    scenario, results, folder
+) -> None:
+    """The norm is summed in the same parts on a CPU, so clipping changes nothing either."""
+    plain = CLIPPED if scenario.clipping != CLIPPING else IN_BF16
+    if scenario.dtype == "fp32":
+        plain = PLAIN
+    assert_same_steps(results[scenario.name], results[plain.name])
+    if scenario.sub_group_size == 0 or plain is not CLIPPED:
+        assert_same_bits(folder, plain, scenario)
+
+
+def test_gradients_of_zero_2_train_the_same_bits_in_both_places(results, folder) -> None:
+    for dtype in ("bf16", "fp32"):
+        on_host, on_device = [
+            found for _, found in OF_ZERO_1_AND_2 if (found.stage, found.dtype) == (2, dtype)
+        ]
+        assert results[on_host.name] == results[on_device.name]
+        assert_same_bits(folder, on_host, on_device)
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_dropped_update_of_offloaded_zero_2_leaves_no_gradient_behind(
+    place, folder, results, monkeypatch
+) -> None:
+    """DeepSpeed 0.19.8 alone adds the next step's gradients to those that were dropped."""
+    monkeypatch.setenv("CPT_ALLOW_FAULTS", "1")
+    monkeypatch.setenv("CPT_FAULT", "gradient:1:2:inf,gradient:1:2:inf")
+    scenario = replace(
+        IN_BF16, stage=2, offloads={"optimizer": "cpu"}, gradients=place, steps=3, weight_decay=0.2
+    )
+    arguments = [str(folder), scenario.dump()]
+    assert launch(ROOT / "tests" / "dist" / "worker.py", 2, arguments) == [0, 0]
+    steps = json.loads(parameter_file(folder, scenario).read_text())
+    assert [step["applied"] for step in steps] == [True, False, True]
+    assert steps[2]["grad_norm"] == pytest.approx(0.29, rel=0.05)
+
+
+@pytest.mark.parametrize(("expected", "found"), OF_ZERO_1_AND_2, ids=lambda one: one.name)
+def test_offloaded_gradients_of_zero_1_and_2_are_those_that_stay_on_the_device(
+    expected, found, results, folder
+) -> None:
+    """Clipped by norms that differ by 1e-7, so weights do by less than 1e-5."""
+    assert all(step["grad_norm"] > 0.05 for step in results[expected.name])
+    for step, plain in zip(results[found.name], results[expected.name], strict=True):
+        assert step["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+        assert step["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

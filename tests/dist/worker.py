@@ -19,7 +19,7 @@ from cpt.checkpoint.adapter_state import AdapterState
 from cpt.checkpoint.loading import flat_ranges, load_checkpoint
 from cpt.checkpoint.saver import Saver
 from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
-from cpt.config.engine_json import OFFLOADS
+from cpt.config.offload_blocks import OFFLOADS
 from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.deepspeed_adapter.offload import nvme_paths
@@ -30,7 +30,8 @@ from cpt.job.engine_setup import base_of, build_engine, fill_weights, weight_sou
 from cpt.model.adapters.layout import adapter_shapes, is_adapter_name
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
-from cpt.planning.memory import count_parameters, host_memory
+from cpt.planning.host_memory import host_memory
+from cpt.planning.memory import count_parameters
 from cpt.resilience.faults import install_faults
 from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import TrainingEngine
@@ -39,7 +40,6 @@ from cpt.training.loader import MicroBatch, make_micro_batch, span_of_rank
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from data_pipeline.store.packing import Integers
 from tests.dist.cases import (
-    CLIPPING,
     KL_WEIGHT,
     POISONED,
     ROWS,
@@ -98,7 +98,7 @@ def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
         "total_steps": 100,
         "schedule": "constant",
         "dtype": scenario.dtype,
-        "gradient_clipping": CLIPPING,
+        "gradient_clipping": scenario.clipping,
         "freeze": list(scenario.freeze),
         "products": scenario.products,
         **SETTINGS,
@@ -131,6 +131,8 @@ def config_of(scenario: Scenario, folder: Path) -> RunConfig:
     zero["stage"] = scenario.stage
     for what, device in scenario.offloads.items():
         zero[f"offload_{what}"] = {"device": device}
+    if scenario.gradients:
+        zero["offload_optimizer"]["gradients"] = scenario.gradients
     if scenario.sub_group_size:
         zero["sub_group_size"] = scenario.sub_group_size
     for name in OFFLOADS:

@@ -29,7 +29,7 @@ from cpt.planning.low_precision import (
 )
 from cpt.planning.memory import count_parameters, device_memory
 from cpt.planning.part_times import PRODUCTS
-from cpt.planning.search import Layout, as_config, layouts, search
+from cpt.planning.search import Layout, Places, as_config, layouts, search
 from tests.support.launcher import ROOT
 
 CONFIG = ROOT / "configs" / "gpt-oss-20b.yaml"
@@ -42,7 +42,7 @@ PLAIN = QuantizeSection()
 BF16 = ProductsSection()
 ROUNDED = QuantizeSection(experts="mxfp4", start_step=0)
 EIGHT_BIT = ProductsSection(experts="fp8")
-HOST = ("offload_optimizer", "offload_param")
+HOST = Places(offloads=("offload_optimizer", "offload_param"))
 
 
 @functools.cache
@@ -68,7 +68,6 @@ def resolved(
         "micro_batch_size": 1,
         "activation_checkpointing": True,
         "offload_checkpoints": False,
-        "offloads": (),
         **changes,
     }
     return as_config(Layout(**cast(Any, layout)), run_of(quantize, products), MODEL, gpus)
@@ -98,8 +97,8 @@ def test_rounding_adds_one_pass_over_the_experts_to_a_step() -> None:
 
 
 def test_offloaded_experts_travel_to_the_device_and_back() -> None:
-    plain = estimated(resolved(offloads=HOST))
-    rounded = estimated(resolved(quantize=ROUNDED, offloads=HOST))
+    plain = estimated(resolved(places=HOST))
+    rounded = estimated(resolved(quantize=ROUNDED, places=HOST))
     seconds = 2 * 2 * EXPERT_WEIGHTS / 8 / GPUS["h100"].pcie_bytes_per_second
     assert rounded.seconds["rounding"] == pytest.approx(seconds)
     assert rounded.step_seconds - plain.step_seconds == pytest.approx(seconds)
@@ -116,7 +115,7 @@ def test_rounding_holds_little_beside_the_weights() -> None:
     on_device = resolved(quantize=ROUNDED)
     assert rounding_memory(on_device, MODEL, "cpu") == BYTES_OF_A_VALUE * PIECE_VALUES
     assert rounding_memory(on_device, MODEL, "cuda") == 0
-    assert rounding_memory(resolved(quantize=ROUNDED, offloads=HOST), MODEL, "cuda") == 2 * 2**22
+    assert rounding_memory(resolved(quantize=ROUNDED, places=HOST), MODEL, "cuda") == 2 * 2**22
     assert rounding_memory(resolved(), MODEL, "cpu") == 0
 
 
@@ -185,7 +184,7 @@ def test_dry_run_says_what_is_rounded_and_multiplied_in_eight_bits() -> None:
     assert products_text(config, MODEL) == (
         "gate_up_proj, down_proj of layers 1 to 22 (not measured on a GPU)"
     )
-    offloaded = resolved(quantize=ROUNDED, offloads=HOST)
+    offloaded = resolved(quantize=ROUNDED, places=HOST)
     text = rounding_text(offloaded, COUNTS.expert_matrices)
     assert text.endswith("9.56 GB between host and device")
     assert rounding_text(resolved(), COUNTS.expert_matrices) == "nothing"
