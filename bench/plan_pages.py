@@ -23,12 +23,19 @@ from plan_pages_parts.comparisons import in_parts, published, slices  # noqa: E4
 from cpt.config import LaunchInfo, load, resolve  # noqa: E402
 from cpt.model.configuration import load_config  # noqa: E402
 from cpt.planning.estimate import Estimate, estimate  # noqa: E402
-from cpt.planning.hardware import GPUS, Assumptions  # noqa: E402
-from cpt.planning.memory import GIB, count_parameters  # noqa: E402
+from cpt.planning.hardware import GPUS, Assumptions, Gpu  # noqa: E402
+from cpt.planning.memory import GIB, counts_of  # noqa: E402
 
 PAGE = ROOT / "docs" / "planning.md"
 README = ROOT / "README.md"
 README_RECIPE = ROOT / "configs" / "gpt-oss-20b.yaml"
+CARDS = {
+    "RTX 4090 24 GB": "rtx4090",
+    "L40S 48 GB": "l40s",
+    "H100 80 GB": "h100",
+    "H200 141 GB": "h200",
+}
+"""Names of GPUs in the comments of recipes, and in the planner."""
 
 
 def main() -> None:
@@ -51,12 +58,18 @@ def of_recipe(path: Path) -> Estimate:
     comment = path.read_text(encoding="utf-8").split("\nmodel:")[0]
     nodes = re.search(r"--num_nodes (\d+) --num_gpus 8", comment)
     world_size = 8 * int(nodes[1]) if nodes else 8
+    if "--num_gpus 1 " in comment:
+        world_size = 1
     model = load_config(None, found_in(r"(gpt-oss-\d+b)", comment))
     run, engine = load(path, ROOT / found_in(r"--ds_config (\S+)", comment), {})
-    info = LaunchInfo(world_size=world_size, local_world_size=8)
+    info = LaunchInfo(world_size=world_size, local_world_size=min(8, world_size))
     config = resolve(run, engine, model, info)
-    counts = count_parameters(model, run.train.freeze)
-    return estimate(config, model, counts, GPUS["h100"], Assumptions())
+    return estimate(config, model, counts_of(run, model), card_of(comment), Assumptions())
+
+
+def card_of(comment: str) -> Gpu:
+    """Return the GPU that a recipe's comment names."""
+    return GPUS[CARDS[found_in(r"By cpt plan for (.+?), computed", comment.replace("\n# ", " "))]]
 
 
 def found_in(pattern: str, text: str) -> str:
@@ -71,13 +84,15 @@ def rewrite_recipe(path: Path) -> None:
     """Write memory and speed of a recipe into its comment."""
     one = of_recipe(path)
     text = path.read_text(encoding="utf-8")
-    memory = f"{sum(one.memory.values()) / GIB:.1f} GiB of 67.1"
-    text = re.sub(r"[\d.]+ GiB of 67.1", memory, text, count=1)
+    memory = f"{sum(one.memory.values()) / GIB:.1f} GiB of"
+    text = re.sub(r"[\d.]+ GiB of", memory, text, count=1)
+    on_host = f"{sum(one.host.values()) / GIB:.0f} GiB of host"
+    text = re.sub(r"[\d.]+ GiB of host", on_host, text, count=1)
     speed = (
         f"# {one.tokens_per_gpu_second:,.0f} tokens/s/GPU with balanced routing; "
-        f"bottleneck {one.bottleneck}.\n"
+        f"bottleneck {one.bottleneck}"
     )
-    text = re.sub(r"# [\d,]+ tokens/s/GPU .*\n", speed, text, count=1)
+    text = re.sub(r"# [\d,]+ tokens/s/GPU with .*bottleneck \w+", speed, text, count=1)
     path.write_text(text, encoding="utf-8")
 
 
