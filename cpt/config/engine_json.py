@@ -77,9 +77,8 @@ REFUSED_ZERO_KEYS = {
         "it would round the frozen weights that every step computes with; remove it."
     ),
     "zenflow": (
-        "it updates the largest gradients after every micro step by an AdamW of its own, before "
-        "the ranks know the norm that clips or drops an update, rounds the master weights to the "
-        "working precision, and takes the three axes of experts for two; remove it."
+        "it updates before the ranks know the norm, rounds master weights, and takes experts for "
+        "matrices; remove it."
     ),
     "cpu_offload": (
         'it is the old word for offload_optimizer; write "offload_optimizer": {"device": "cpu"}.'
