@@ -1,15 +1,20 @@
-"""Measure what a save takes from training, asynchronous against synchronous, in one run.
+"""Measure what a save takes from training, by the way in which it is made, in one run.
 
     python bench/checkpoint.py [--ranks 2] [--steps 6] [--rounds 3] [--layers 4] [--hidden 512]
-        [--folder DIR]
+        [--frozen] [--folder DIR]
 
 Ranks train a gpt-oss of random weights on random tokens with ZeRO-3.  Every round times the same
-number of steps three times: without a save, with a synchronous save after the first step, and with
-an asynchronous one.  The last is timed until it is published, so that what the writer takes from
-the steps beside it is counted.
+number of steps without a save, and with one after the first step, made in each of these ways:
 
-The report gives the time in which training stood still, and how much longer the steps took than
-without a save.  Figures and ratios are medians over the rounds.
+    synchronous   training stands still until the checkpoint is complete
+    copy first    training stands still until the state is copied; the copy is written beside it
+    copy          the state is copied beside the next step, and its update waits for the copy
+    stream        the state is written beside the next step, and its update waits for that
+
+All but the first are timed until they are published, so that what the writer takes from the steps
+beside it is counted.  The report gives the time in which training stood still, and how much longer
+the steps took than without a save.  Figures and ratios are medians over the rounds.  With
+`--frozen` the experts are not trained, and their file is linked from the second save on.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SEQ_LEN = 512
-KINDS = ("none", "synchronous", "asynchronous")
+KINDS = ("none", "synchronous", "copy first", "copy", "stream")
 """The kind of save in a measurement."""
 
 
@@ -69,7 +74,8 @@ def train_and_save(options: argparse.Namespace) -> None:
     run = f"""
 model: {{init: tiny}}
 data: {{mix: unused.yaml}}
-train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 100000, lr: 1e-4}}
+train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 100000, lr: 1e-4,
+    freeze: {["experts"] if options.frozen else []}}}
 """
     ds_json = '{"zero_optimization": {"stage": 3}, "sequence_parallel_size": 1}'
     launch = LaunchInfo(world_size=options.ranks, local_world_size=options.ranks)
@@ -106,11 +112,14 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
         for number in range(options.steps):
             done += 1
             result = engine.step([batch], predicted, step=done, votes=vote)
-            published = saver.publish_settled(result.votes.save_settled) or published
+            published = saver.advance(result.votes.save_settled) or published
             if number == 0 and kind == "synchronous":
                 published = saver.save_now(done, {})
-            if number == 0 and kind == "asynchronous":
+            elif number == 0 and kind != "none":
+                saver.way = "stream" if kind == "stream" else "copy"
                 saver.start(done, {})
+                if kind == "copy first":
+                    engine.deepspeed.state_reading.wait()
         published = saver.finish() or published
         seconds = time.perf_counter() - began
         saver.close()
@@ -131,19 +140,22 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
 def report(result: dict[str, Any]) -> None:
     """Print medians for people."""
     rounds = result["rounds"]
-    kinds = KINDS[1:]
-    cost = {kind: [one[kind][0] - one["none"][0] for one in rounds] for kind in kinds}
-    still = {kind: [one[kind][1] for one in rounds] for kind in kinds}
     print(f"checkpoint of {result['bytes'] / 1e6:.0f} MB, {len(rounds)} rounds")
     plain = statistics.median(one["none"][0] for one in rounds)
     print(f"{result['steps']} steps without a save: median {plain:.2f} s")
-    for name, seconds in (("training stands still", still), ("the steps take longer by", cost)):
-        for kind, values in seconds.items():
-            spread = f"({min(values):.2f} to {max(values):.2f})"
-            print(f"{name:25} {kind:13} {statistics.median(values):6.2f} s {spread}")
-        pairs = zip(seconds["synchronous"], seconds["asynchronous"], strict=True)
-        ratios = [asynchronous / synchronous for synchronous, asynchronous in pairs]
-        print(f"{name:25} asynchronous / synchronous = {statistics.median(ratios):.2f}")
+    head = f"{'way':12} {'training stands still, s':>28} {'of synchronous':>15}"
+    print(f"{head} {'the steps take longer by, s':>30}")
+    for kind in KINDS[1:]:
+        still = [one[kind][1] for one in rounds]
+        cost = [one[kind][0] - one["none"][0] for one in rounds]
+        ratios = [one[kind][1] / one["synchronous"][1] for one in rounds]
+        line = f"{kind:12} {spread(still):>28} {statistics.median(ratios):>15.3f}"
+        print(f"{line} {spread(cost):>30}")
+
+
+def spread(values: list[float]) -> str:
+    """Return median, smallest and largest for people."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def main() -> None:
@@ -154,6 +166,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--frozen", action="store_true", help="do not train the experts")
     parser.add_argument("--folder", help="where to save; default: the temporary folder")
     options = parser.parse_args()
     if "RANK" in os.environ:

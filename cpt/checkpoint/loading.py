@@ -150,6 +150,7 @@ def load_checkpoint(
     manifest = together(group, lambda: read_manifest(folder))
     check_same_tensors(folder.name, manifest.tensors, wanted)
     state = RunState.of(manifest)
+    engine.state_reading.wait()
     ranges = _filled_ranges(stored_ranges(engine, topology), manifest.tensors)
     if not state.begins_a_run:  # what was imported has no moments
         _log_freezing(manifest.tensors, wanted)

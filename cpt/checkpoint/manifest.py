@@ -11,11 +11,14 @@ The room divides the work as follows:
     range_index.py    `ranges.json`: where the tensors lie
     metadata.py       `.metadata`: the same for the tools of torch.distributed.checkpoint (DCP)
     old_metadata.py, inert_pickle.py   the `.metadata` of checkpoints of format 1, read as data
-    archives.py       where the values lie in what DCP stores
-    flat_planner.py   flat ranges of tensors in the terms of DCP
+    archives.py       the form of what DCP stores, and where the values lie in it
+    flat_planner.py   flat ranges of tensors
+    write_buffer.py   values on their way into a file: in pieces, hashed
     writer.py         writes the files of a checkpoint's folder and publishes it
-    staging.py        host memory for asynchronous saves
-    saver.py          saves a run, together with all ranks; prunes
+    staging.py        copies of the state, and whether there is room for them
+    own_part.py       one rank's files; frozen parameters are linked
+    save_in_progress.py   one save while it goes on
+    saver.py          saves a run, together with all ranks
     reader.py         finds and reads sound checkpoints, without an engine
     loading.py        restores an engine from a checkpoint, together with all ranks
     weights.py        the weights of a checkpoint in pieces, for export

@@ -42,8 +42,8 @@ class _OwnFiles(FileSystem):
             yield cast(io.IOBase, stream)
 
 
-class FolderWriter(dcp.FileSystemWriter):
-    """Writes into a fresh folder and syncs.
+class _MetadataWriter(dcp.FileSystemWriter):
+    """Writes `.metadata` into a folder and syncs.
 
     The path that the folder had while it was written is not stored.
     """
@@ -80,4 +80,4 @@ def write_metadata(folder: Path, grouped: dict[str, list[WrittenRange]]) -> None
             results.append(
                 WriteResult(index=index, size_in_bytes=part.file_bytes, storage_data=where)
             )
-    FolderWriter(folder).finish(Metadata(entries), [results])
+    _MetadataWriter(folder).finish(Metadata(entries), [results])

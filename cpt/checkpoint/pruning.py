@@ -7,14 +7,72 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from cpt.checkpoint.manifest import MANIFEST
-from cpt.checkpoint.reader import list_steps, step_folder
+from cpt.checkpoint.reader import list_steps, refusal_of, step_folder
+from cpt.config import CheckpointSection
 from cpt.resilience.faults import fault_point
 
 log = logging.getLogger("cpt.checkpoint")
+
+
+class Retention:
+    """What is kept of a run's checkpoints; the first rank deletes the others in the background."""
+
+    def __init__(self, run_dir: Path, settings: CheckpointSection) -> None:
+        self._run_dir = run_dir
+        self._settings = settings
+        self._thread: threading.Thread | None = None
+        self._sound: set[int] = set()
+        self._loaded: int | None = None
+        self.kept: int | None = None
+        """A step that is kept beside those of the rule."""
+
+    def trust(self, step: int) -> None:
+        """Note a step whose checkpoint was verified and loaded; it is never deleted."""
+        self._sound.add(step)
+        self._loaded = step
+
+    def note_published(self, step: int) -> None:
+        """Begin to delete what is no longer kept, now that a step was published."""
+        self._sound.add(step)
+        self._thread = threading.Thread(target=self._prune, args=(step,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait for deletions."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _prune(self, newest: int) -> None:
+        protected = {newest}
+        for step in (self._loaded, self.kept):
+            if step is not None:
+                protected.add(step)
+        prune(
+            self._run_dir,
+            newest=newest,
+            keep_last=self._settings.keep_last,
+            keep_every_steps=self._settings.keep_every_steps,
+            protected=protected,
+            is_sound=self._is_sound,
+        )
+
+    def _is_sound(self, step: int) -> bool:
+        """Return whether a checkpoint is sound.
+
+        Those that this run wrote or loaded are. Others are read once, in the background.
+        """
+        if step not in self._sound:
+            reason = refusal_of(step_folder(self._run_dir, step))
+            if reason is not None:
+                log.warning("an older checkpoint is damaged and does not count as kept: %s", reason)
+                return False
+            self._sound.add(step)
+        return True
 
 
 def prune(

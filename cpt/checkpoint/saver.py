@@ -5,33 +5,36 @@
 
 Decisions
     Everything that needs all ranks happens at a step boundary, in the main thread, over the control
-    group. A background thread only writes and hashes its rank's own file, so it needs no collective
-    and no group of its own.
-    A save is published when all ranks have said, in the bookkeeping collective of a step, that
-    their part is on disk. At most one save is in flight; a second one waits for the first to be
+    group. A background thread only copies, writes and hashes its rank's own files, and in the first
+    rank the manifest, so it needs no collective and no group of its own.
+    When all ranks have said, in the bookkeeping collective of a step, that their part is on disk,
+    the first rank completes the folder; when it has said so in the collective of a later step, the
+    checkpoint is published. At most one save is in flight; a second one waits for the first to be
     published.
+    Training stands still for a few collectives, and in the next update for what is not yet copied
+    or written by then (`StateReading`).
     Nothing random happens inside a step, so there is no random state to save.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-import socket
-import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.flat_planner import FlatRange
 from cpt.checkpoint.loading import stored_ranges, tensor_records
 from cpt.checkpoint.manifest import MANIFEST
-from cpt.checkpoint.pruning import prune
-from cpt.checkpoint.reader import refusal_of, step_folder
-from cpt.checkpoint.staging import Staging, check_host_memory
-from cpt.checkpoint.writer import Written, complete_folder, publish_folder, write_ranges, written_by
+from cpt.checkpoint.own_part import OwnPart
+from cpt.checkpoint.pruning import Retention
+from cpt.checkpoint.reader import step_folder
+from cpt.checkpoint.save_in_progress import Published, SaveInProgress
+from cpt.checkpoint.staging import Way, agreed_way
+from cpt.checkpoint.writer import complete_folder, publish_folder, written_by
 from cpt.config import CheckpointSection
 from cpt.errors import InternalError
 from cpt.parallel.agreement import gather_json, on_first_rank, together
@@ -42,57 +45,8 @@ from data_pipeline.store.files import FOLDER_MODE, make_folder
 
 log = logging.getLogger("cpt.checkpoint")
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Published:
-    """A checkpoint that is complete and has its final name."""
-
-    step: int
-    """Optimizer steps done."""
-    folder: Path
-    """Folder of the checkpoint."""
-    seconds: float
-    """Time from the decision to save until the rename."""
-    blocked_seconds: float
-    """Part of this time in which training stood still."""
-    asynchronous: bool
-    """Whether it was written while training went on."""
-    num_bytes: int
-    """Size of the ranks' files; of a checkpoint that was there before, that of its tensors."""
-
-
-class _Save:
-    """One save in progress, and the outcome of this rank's part."""
-
-    def __init__(self, step: int, state: dict[str, Any], final: Path) -> None:
-        self.step = step
-        self.final = final
-        self.temporary = final.with_name(f".tmp-{final.name}")
-        self.state = json.loads(json.dumps(state))  # a copy, because the run changes its own
-        self.written: Written | None = None
-        self.error: Exception | None = None
-        self.thread: threading.Thread | None = None
-        self.started = time.perf_counter()
-        self.blocked_seconds = 0.0
-
-    def write(self, ranges: dict[str, FlatRange], rank: int) -> None:
-        """Write this rank's part; an error is kept for the next agreement of the ranks."""
-        try:
-            self.written = write_ranges(self.temporary, ranges, rank, self.step)
-        except Exception as error:
-            self.error = write_error(error, self.temporary)
-
-    def result(self) -> Written:
-        """Return what `write` has written.
-
-        Raises:
-            StorageError: writing failed.
-        """
-        if self.error is not None:
-            raise self.error
-        if self.written is None:
-            raise InternalError(f"{self.temporary.name}: asked for a result before there is one.")
-        return self.written
+Part = dict[str, Any]
+"""`Written` of one file, as plain values."""
 
 
 class Saver:
@@ -110,42 +64,42 @@ class Saver:
             settings: The `checkpoint` section of the run YAML.
 
         Raises:
-            ConfigError: asynchronous saves are asked for, and a node has no memory for them.
+            ConfigError: copies of the state are asked for, and a node has no memory for them.
         """
         self._run_dir = run_dir
         self._engine = engine
         self._topology = topology
         self._settings = settings
-        self._staging = Staging()
-        self._in_flight: _Save | None = None
-        self._pruning: threading.Thread | None = None
-        self._sound: set[int] = set()
-        self._loaded: int | None = None
-        self._kept: int | None = None
+        self._retention = Retention(run_dir, settings)
+        self._own = OwnPart(topology.rank, settings.buffer_mib * 2**20, topology.device)
+        self._in_flight: SaveInProgress | None = None
         self._written_here: set[str] | None = None
-        if settings.async_save and settings.interval_steps:
-            self._check_host_memory()
+        self._linked_bytes = 0
+        self.way: Way = "wait"
+        """How periodic saves are made."""
+        if settings.interval_steps:
+            moving, _ = self._ranges()
+            self.way = agreed_way(settings.async_save, moving, topology)
 
-    def _check_host_memory(self) -> None:
-        ranges = self._ranges()
-        own = sum(part.tensor.nbytes for part in ranges.values())
-        host = socket.gethostname()
-        group = self._topology.control_group
-        on_this_node = 0
-        for other_host, size in gather_json((host, own), group):
-            if other_host == host:
-                on_this_node += size
-        together(group, lambda: check_host_memory(own, on_this_node))
+    def _ranges(self) -> tuple[dict[str, FlatRange], dict[str, FlatRange]]:
+        """Return the ranges that this rank writes: those that updates change, and the frozen ones.
 
-    def _ranges(self) -> dict[str, FlatRange]:
-        """Return the ranges that this rank writes; those that several ranks hold are shared out."""
+        Those that several ranks hold are shared out.
+        """
         ranges = stored_ranges(self._engine, self._topology)
         if self._written_here is None:  # the layout of a run does not change
             held = {key: (part.offset, part.tensor.numel()) for key, part in ranges.items()}
             self._written_here = written_by(
                 self._topology.rank, gather_json(held, self._topology.control_group)
             )
-        return {key: part for key, part in ranges.items() if key in self._written_here}
+        records = tensor_records(self._engine, self._topology)
+        moving: dict[str, FlatRange] = {}
+        frozen: dict[str, FlatRange] = {}
+        for key, part in ranges.items():
+            if key in self._written_here:
+                is_moving = records[key.split("/", 1)[1]].trained
+                (moving if is_moving else frozen)[key] = part
+        return moving, frozen
 
     def expected_bytes(self) -> int:
         """Return the size of the tensors of a checkpoint; no other rank is needed."""
@@ -156,12 +110,13 @@ class Saver:
         """Note that a checkpoint was verified and loaded; it counts as sound, and this run does not
         prune it.
         """
-        self._sound.add(step)
-        self._loaded = step
+        self._retention.trust(step)
+        self._own.note_loaded(step_folder(self._run_dir, step))
+        self._linked_bytes = 0
 
     def keep(self, step: int) -> None:
         """Keep this checkpoint from deletion until another one is named here."""
-        self._kept = step
+        self._retention.kept = step
 
     def save_now(self, step: int, state: dict[str, Any]) -> Published:
         """Publish one checkpoint before returning; a complete one of the same step is left alone.
@@ -174,28 +129,21 @@ class Saver:
             StorageError: a rank could not write; nothing was published and nothing older was
                 touched.
         """
-        save = self._begin(step, state)
-        num_bytes = self.expected_bytes()
-        if not self._is_complete(save):
-            try:
-                self._prepare(save)
-                save.write(self._ranges(), self._topology.rank)
-                num_bytes = self._publish(save)
-            except Exception:
-                self._remove(save)
-                raise
-        seconds = time.perf_counter() - save.started
-        return Published(
-            step=step,
-            folder=save.final,
-            seconds=seconds,
-            blocked_seconds=seconds,
-            asynchronous=False,
-            num_bytes=num_bytes,
-        )
+        save = self._begin(step, state, "wait")
+        save.num_bytes = self.expected_bytes()
+        with save.blocking():
+            if not self._is_complete(save):
+                with self._removed_on_failure(save):
+                    self._prepare(save)
+                    save.attempt(self._writing(save))
+                    self._complete_now(save, self._gather_parts(save))
+                    self._note_published(save)
+        return self._outcome(save)
 
     def start(self, step: int, state: dict[str, Any]) -> None:
-        """Copy the state of this step to host memory, and write it in the background.
+        """Begin to write the state of this step beside training.
+
+        The next update waits until the state was copied or written (`StateReading`).
 
         Args:
             step: Optimizer steps done.
@@ -204,39 +152,58 @@ class Saver:
         Raises:
             StorageError: this save cannot begin; nothing older was touched.
         """
-        save = self._begin(step, state)
-        if self._is_complete(save):
-            return
-        try:
-            self._prepare(save)
-            own = self._ranges()
-            ranges = together(self._topology.control_group, lambda: self._staging.copy(own))
-        except Exception:
-            self._remove(save)
-            raise
-        save.thread = threading.Thread(
-            target=save.write, args=(ranges, self._topology.rank), daemon=True
-        )
-        save.thread.start()
-        save.blocked_seconds += time.perf_counter() - save.started
-        self._in_flight = save
+        save = self._begin(step, state, self.way)
+        with save.blocking():
+            if self._is_complete(save):
+                return
+            with self._removed_on_failure(save):
+                self._prepare(save)
+            writing = self._writing(save)
+            self._engine.state_reading.begin()
+            self._in_flight = save
+            save.beside_training(writing)
 
-    def _begin(self, step: int, state: dict[str, Any]) -> _Save:
+    def _begin(self, step: int, state: dict[str, Any], way: Way) -> SaveInProgress:
         if self._in_flight is not None:
             raise InternalError(
                 f"step {step} is to be saved while step {self._in_flight.step} is still in flight."
             )
-        return _Save(step, state, step_folder(self._run_dir, step))
+        return SaveInProgress(step, state, step_folder(self._run_dir, step), way)
+
+    def _writing(self, save: SaveInProgress) -> Callable[[], None]:
+        """Return what writes this rank's part, for the state as it is when this is called."""
+        moving, frozen = self._ranges()
+        ready = self._own.ready()
+        reading = self._engine.state_reading
+
+        def write() -> None:
+            try:
+                save.written = self._own.write(
+                    save.temporary,
+                    moving,
+                    frozen,
+                    save.step,
+                    save.way,
+                    ready=ready,
+                    when_read=reading.end,
+                )
+            finally:
+                reading.end()
+
+        return write
 
     def own_part_is_settled(self) -> bool:
-        """Return whether this rank's part of the save in flight is written or has failed."""
+        """Return whether what this rank does for the save in flight is done or has failed."""
         if self._in_flight is None:
             return False
         thread = self._in_flight.thread
         return thread is None or not thread.is_alive()
 
-    def publish_settled(self, settled_ranks: int) -> Published | None:
-        """Publish the save in flight if every rank's part is settled.
+    def advance(self, settled_ranks: int) -> Published | None:
+        """Go on with the save in flight if every rank has settled its part.
+
+        Once all parts are written, the first rank completes the folder beside training. Once it has
+        done so, the checkpoint is published.
 
         Args:
             settled_ranks: Number of ranks whose part is settled, the same on all ranks.
@@ -244,9 +211,16 @@ class Saver:
         Raises:
             StorageError: a rank's part failed; the save was removed.
         """
-        if self._in_flight is None or settled_ranks < self._topology.world_size:
+        save = self._in_flight
+        if save is None or settled_ranks < self._topology.world_size:
             return None
-        return self._publish_in_flight(self._in_flight)
+        with self._removed_on_failure(save), save.blocking():
+            if not save.is_publishing:
+                self._complete_beside_training(save, self._gather_parts(save))
+                return None
+            together(self._topology.control_group, save.check)
+            self._note_published(save)
+        return self._outcome(save)
 
     def finish(self) -> Published | None:
         """Wait for the save in flight, if there is one, and publish it.
@@ -257,47 +231,50 @@ class Saver:
         save = self._in_flight
         if save is None:
             return None
-        settled = gather_json(self.own_part_is_settled(), self._topology.control_group)
-        behind = [rank for rank, done in enumerate(settled) if not done]
-        if behind:
-            log.info(
-                "waiting for the checkpoint of step %d, still being written by ranks %s",
-                save.step,
-                behind,
-            )
-        return self._publish_in_flight(save)
+        with self._removed_on_failure(save), save.blocking():
+            settled = gather_json(self.own_part_is_settled(), self._topology.control_group)
+            behind = [rank for rank, done in enumerate(settled) if not done]
+            if behind:
+                log.info(
+                    "waiting for the checkpoint of step %d, still being written by ranks %s",
+                    save.step,
+                    behind,
+                )
+            if save.thread is not None:
+                save.thread.join()
+            if save.is_publishing:
+                together(self._topology.control_group, save.check)
+            else:
+                self._complete_now(save, self._gather_parts(save))
+            self._note_published(save)
+        return self._outcome(save)
 
-    def _publish_in_flight(self, save: _Save) -> Published:
-        began = time.perf_counter()
-        self._in_flight = None
-        if save.thread is not None:
-            save.thread.join()
-        try:
-            num_bytes = self._publish(save)
-        except Exception:
-            self._remove(save)
-            raise
-        now = time.perf_counter()
+    def _outcome(self, save: SaveInProgress) -> Published:
+        """Return what is told of a published checkpoint."""
+        update_wait = 0.0
+        if save.way != "wait":
+            update_wait = self._engine.state_reading.waited_seconds
         return Published(
             step=save.step,
             folder=save.final,
-            seconds=now - save.started,
-            blocked_seconds=save.blocked_seconds + now - began,
-            asynchronous=True,
-            num_bytes=num_bytes,
+            seconds=time.perf_counter() - save.started,
+            blocked_seconds=save.blocked_seconds + update_wait,
+            update_wait_seconds=update_wait,
+            way=save.way,
+            num_bytes=save.num_bytes,
+            linked_bytes=save.linked_bytes,
         )
 
     def close(self) -> None:
         """Wait for deletions; no other rank is needed, so this may be called in any state."""
-        if self._pruning is not None:
-            self._pruning.join()
+        self._retention.close()
 
-    def _is_complete(self, save: _Save) -> bool:
+    def _is_complete(self, save: SaveInProgress) -> bool:
         return on_first_rank(
             self._topology.control_group, lambda: (save.final / MANIFEST).is_file()
         )
 
-    def _prepare(self, save: _Save) -> None:
+    def _prepare(self, save: SaveInProgress) -> None:
         self.close()
         fault_point("save_stage", save.step)
         world_size = self._topology.world_size
@@ -308,7 +285,7 @@ class Saver:
                 make_folder(parent)
                 for stale in parent.glob(".tmp-step-*"):
                     shutil.rmtree(stale)
-                needed = self.expected_bytes()
+                needed = self.expected_bytes() - self._linked_bytes
                 check_checkpoint_space(parent, needed, largest_file_bytes=needed // world_size)
                 save.temporary.mkdir(mode=FOLDER_MODE)
             except OSError as error:
@@ -316,11 +293,25 @@ class Saver:
 
         on_first_rank(self._topology.control_group, fresh_folder)
 
-    def _publish(self, save: _Save) -> int:
-        """Give a save its final name, and return the bytes of the ranks' files."""
+    def _gather_parts(self, save: SaveInProgress) -> list[Part]:
+        """Return the files of all ranks.
+
+        Raises:
+            StorageError: a rank could not write.
+        """
         group = self._topology.control_group
-        own = together(group, save.result)
-        parts = gather_json({"file": asdict(own.file), "ranges": own.ranges}, group)
+        together(group, save.check)
+        assert save.written is not None
+        own = [written.to_json() for written in save.written]
+        parts = []
+        for of_rank in gather_json(own, group):
+            parts += of_rank
+        save.num_bytes = sum(part["file"]["bytes"] for part in parts)
+        save.linked_bytes = sum(part["file"]["bytes"] for part in parts if part["is_linked"])
+        return parts
+
+    def _completion(self, save: SaveInProgress, parts: list[Part]) -> Callable[[], None]:
+        """Return what the first rank does to complete the folder."""
         layout = {
             "world_size": self._topology.world_size,
             "sp_size": self._topology.sp_size,
@@ -328,55 +319,54 @@ class Saver:
             "zero_stage": self._engine.zero_optimization_stage(),
         }
         records = tensor_records(self._engine, self._topology)
-        fault_point("save_manifest", save.step)
-        on_first_rank(
-            group,
-            lambda: complete_folder(
-                save.temporary,
-                parts,
-                step=save.step,
-                layout=layout,
-                tensors=records,
-                state=save.state,
-            ),
+        return lambda: complete_folder(
+            save.temporary,
+            parts,
+            step=save.step,
+            layout=layout,
+            tensors=records,
+            state=save.state,
         )
+
+    def _complete_beside_training(self, save: SaveInProgress, parts: list[Part]) -> None:
+        """Let the first rank complete the folder and give it its name while training goes on."""
+        complete = self._completion(save, parts)
+
+        def publish() -> None:
+            fault_point("save_manifest", save.step)
+            complete()
+            fault_point("save_rename", save.step)
+            publish_folder(save.temporary, save.final)
+
+        save.is_publishing = True
+        save.thread = None
+        if self._topology.rank == 0:
+            save.beside_training(publish)
+
+    def _complete_now(self, save: SaveInProgress, parts: list[Part]) -> None:
+        """Complete the folder and give it its name while all ranks wait."""
+        group = self._topology.control_group
+        fault_point("save_manifest", save.step)
+        on_first_rank(group, self._completion(save, parts))
         fault_point("save_rename", save.step)
         on_first_rank(group, lambda: publish_folder(save.temporary, save.final))
+
+    def _note_published(self, save: SaveInProgress) -> None:
+        """Note that the folder has its name, and delete what is no longer kept."""
         fault_point("save_published", save.step)
-        self._sound.add(save.step)
+        self._in_flight = None
+        self._own.note_published(save.final)
+        self._linked_bytes = save.linked_bytes
         if self._topology.rank == 0:
-            self._pruning = threading.Thread(target=self._prune, args=(save.step,), daemon=True)
-            self._pruning.start()
-        return sum(part["file"]["bytes"] for part in parts)
+            self._retention.note_published(save.step)
 
-    def _prune(self, newest: int) -> None:
-        protected = {newest}
-        for step in (self._loaded, self._kept):
-            if step is not None:
-                protected.add(step)
-        prune(
-            self._run_dir,
-            newest=newest,
-            keep_last=self._settings.keep_last,
-            keep_every_steps=self._settings.keep_every_steps,
-            protected=protected,
-            is_sound=self._is_sound,
-        )
-
-    def _is_sound(self, step: int) -> bool:
-        """Return whether a checkpoint is sound.
-
-        Those that this run wrote or loaded are. Others are read once, in the background.
-        """
-        if step not in self._sound:
-            reason = refusal_of(step_folder(self._run_dir, step))
-            if reason is not None:
-                log.warning("an older checkpoint is damaged and does not count as kept: %s", reason)
-                return False
-            self._sound.add(step)
-        return True
-
-    def _remove(self, save: _Save) -> None:
-        """Remove a failed save, into which no rank writes any more."""
-        if self._topology.rank == 0:
-            shutil.rmtree(save.temporary, ignore_errors=True)
+    @contextmanager
+    def _removed_on_failure(self, save: SaveInProgress) -> Iterator[None]:
+        """Give a save up if the block fails, which it does on all ranks; none writes any more."""
+        try:
+            yield
+        except Exception:
+            self._in_flight = None
+            if self._topology.rank == 0:
+                shutil.rmtree(save.temporary, ignore_errors=True)
+            raise

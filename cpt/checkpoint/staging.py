@@ -1,17 +1,37 @@
-"""Host memory for asynchronous saves: a copy of this rank's ranges that no later step can change.
+"""Host memory for a copy of this rank's ranges that no later step can change, and the choice how
+periodic saves are made.
 
-The buffers are allocated at the first save and kept, so that no later save can fail for lack of
-memory.
+    copy      the state is copied, and the copy is written; training waits for the copy at most
+    stream    the state is written as it lies; the next update waits until it is written
+    wait      training stands still until the checkpoint is complete
+
+The buffers of a copy are allocated at the first save and kept, so that no later save can fail for
+lack of memory.
 """
 
 from __future__ import annotations
 
+import logging
+import socket
+from collections import defaultdict
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 
 from cpt.checkpoint.flat_planner import FlatRange
 from cpt.errors import ConfigError
+from cpt.parallel.agreement import gather_json
+from cpt.parallel.topology import Topology
+
+log = logging.getLogger("cpt.checkpoint")
+
+Way = Literal["copy", "stream", "wait"]
+"""How a save is made."""
+AsyncSave = bool | Literal["auto", "stream"]
+"""Values of `checkpoint.async_save`."""
+ROOM_FOR_COPY = 1.1
+"""Host memory that must be free for a copy, as a multiple of its size, if nobody asked for it."""
 
 
 class Staging:
@@ -21,7 +41,10 @@ class Staging:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def copy(self, ranges: dict[str, FlatRange]) -> dict[str, FlatRange]:
-        """Return the ranges with their content copied to host memory, valid until the next call."""
+        """Return the ranges with their content copied to host memory, valid until the next call.
+
+        On a GPU the copies run on the current stream.
+        """
         copies = {}
         for key, part in ranges.items():
             buffer = self._buffers.get(key)
@@ -36,27 +59,93 @@ class Staging:
                 tensor=buffer, offset=part.offset, global_numel=part.global_numel
             )
         if any(part.tensor.is_cuda for part in ranges.values()):
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         return copies
 
 
-def check_host_memory(own_bytes: int, node_bytes: int) -> None:
-    """Refuse asynchronous saves that this node has no memory for.
+class HostNeed(NamedTuple):
+    """What a copy takes of one rank's node; it travels between ranks as a JSON list."""
+
+    host: str
+    """Name of the node."""
+    own_bytes: int
+    """Bytes that this rank copies."""
+    available_bytes: int | None
+    """Memory that its processes can still take; None if the system does not say."""
+
+
+def agreed_way(wanted: AsyncSave, moving: dict[str, FlatRange], topology: Topology) -> Way:
+    """Return how periodic saves are made; all ranks call it together, once the state is allocated.
 
     Args:
-        own_bytes: Bytes that this rank copies.
-        node_bytes: Bytes that all ranks of this node copy.
+        wanted: `checkpoint.async_save`.
+        moving: What this rank would copy.
+        topology: The ranks.
 
     Raises:
-        ConfigError: less memory than that is available.
+        ConfigError: see `choose_way`.
     """
-    available = available_bytes()
-    if available is not None and node_bytes > available:
-        raise ConfigError(
-            f"checkpoint.async_save copies {own_bytes / 1e9:.1f} GB of each rank to host memory, "
-            f"{node_bytes / 1e9:.1f} GB on this node; {available / 1e9:.1f} GB are available. "
-            "Use --set checkpoint.async_save=false."
+    own_bytes = sum(part.tensor.nbytes for part in moving.values())
+    need = HostNeed(socket.gethostname(), own_bytes, available_bytes())
+    gathered = gather_json(need, topology.control_group)
+    way, why = choose_way(wanted, [HostNeed(*one) for one in gathered])
+    if why and topology.rank == 0:
+        log.info(
+            "periodic saves write the state as it lies, and the next update waits until it is "
+            "written: a copy needs %s",
+            why,
         )
+    return way
+
+
+def choose_way(wanted: AsyncSave, needs: list[HostNeed]) -> tuple[Way, str]:
+    """Return how periodic saves are made; the same on all ranks, because all see the same needs.
+
+    Args:
+        wanted: `checkpoint.async_save`.
+        needs: The need of every rank.
+
+    Returns:
+        The way, and why there is no copy if nobody has chosen that.
+
+    Raises:
+        ConfigError: a copy is asked for, and a node has too little memory for it.
+    """
+    if wanted is False:
+        return "wait", ""
+    if wanted == "stream":
+        return "stream", ""
+    short = _too_small(needs, ROOM_FOR_COPY if wanted == "auto" else 1.0)
+    if not short:
+        return "copy", ""
+    if wanted == "auto":
+        return "stream", short
+    raise ConfigError(
+        f"checkpoint.async_save: true copies the state to host memory: {short}. "
+        "Use --set checkpoint.async_save=stream, which needs no copy."
+    )
+
+
+def _too_small(needs: list[HostNeed], room: float) -> str:
+    """Return which node has too little memory for the copies of its ranks; "" if none has."""
+    wanted: dict[str, int] = defaultdict(int)
+    available: dict[str, int] = {}
+    for need in needs:
+        wanted[need.host] += need.own_bytes
+        if need.available_bytes is not None:
+            seen = available.get(need.host, need.available_bytes)
+            available[need.host] = min(seen, need.available_bytes)
+    short = [host for host in available if room * wanted[host] > available[host]]
+    if not short:
+        return ""
+    host = min(short)
+    own = max(need.own_bytes for need in needs if need.host == host)
+    text = (
+        f"{own / 1e9:.1f} GB of each rank, {wanted[host] / 1e9:.1f} GB on {host}, where "
+        f"{available[host] / 1e9:.1f} GB are available"
+    )
+    others = len(short) - 1
+    return f"{text} ({others} more nodes have too little)" if others else text
 
 
 def available_bytes() -> int | None:
@@ -64,11 +153,8 @@ def available_bytes() -> int | None:
 
     None if the system does not say.
     """
-    system = _system_available()
-    cgroup = _cgroup_available()
-    if system is None or cgroup is None:
-        return system if cgroup is None else cgroup
-    return min(system, cgroup)
+    known = [size for size in (_system_available(), _cgroup_available()) if size is not None]
+    return min(known) if known else None
 
 
 def _system_available() -> int | None:
@@ -83,17 +169,42 @@ def _system_available() -> int | None:
 
 
 def _cgroup_available() -> int | None:
-    """Return the memory that is left of this process's cgroup (version 2), as in a container or a
-    SLURM job.
+    """Return the memory that is left of this process's cgroup, as in a container or a SLURM job."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    root = Path("/sys/fs/cgroup")
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        folder = own.lstrip("/")
+        if controllers == "":  # version 2
+            found = _left_in(root / folder, "memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            found = _left_in(root / "memory" / folder, limit, usage, "total_")
+        else:
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def _left_in(folder: Path, limit_file: str, usage_file: str, prefix: str) -> int | None:
+    """Return the memory that is left in one cgroup; None if it has no limit or cannot be read.
+
+    Args:
+        folder: The folder of the cgroup.
+        limit_file: Its file for the limit.
+        usage_file: Its file for the memory in use, the pages of files included.
+        prefix: What the counters of all processes in it begin with.
     """
     try:
-        own = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::")[2]
-        folder = Path("/sys/fs/cgroup") / own.lstrip("/")
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        limit = (folder / limit_file).read_text(encoding="ascii").strip()
+        used = int((folder / usage_file).read_text(encoding="ascii"))
         reclaimable = 0
         for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines():
-            if line.startswith(("inactive_file ", "active_file ")):
+            if line.startswith((f"{prefix}inactive_file ", f"{prefix}active_file ")):
                 reclaimable += int(line.split()[1])
     except (OSError, ValueError):
         return None

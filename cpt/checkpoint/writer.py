@@ -1,4 +1,4 @@
-"""Writing of a checkpoint's folder: one file of each rank, then `.metadata`, `ranges.json` and the
+"""Writing of a checkpoint's folder: the files of each rank, then `.metadata`, `ranges.json` and the
 manifest, then the folder's final name.
 """
 
@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from cpt.checkpoint.archives import values_offset
-from cpt.checkpoint.flat_planner import FlatRange, FlatSavePlanner
+from cpt.checkpoint.archives import write_archive
+from cpt.checkpoint.flat_planner import FlatRange
 from cpt.checkpoint.manifest import (
     METADATA,
     RANGES,
@@ -27,56 +27,105 @@ from cpt.checkpoint.manifest import (
     record_file,
     write_manifest,
 )
-from cpt.checkpoint.metadata import FolderWriter, write_metadata
+from cpt.checkpoint.metadata import write_metadata
 from cpt.checkpoint.range_index import WrittenRange, group_ranges, write_range_index
 from cpt.checkpoint.reader import step_folder
+from cpt.checkpoint.write_buffer import HashedFile, WriteBuffer
 from cpt.parallel.division import divide
 from cpt.resilience.faults import fault_point
 from cpt.storage.space import check_checkpoint_space, write_error
-from data_pipeline.bounded.files import open_regular
-from data_pipeline.store.files import FOLDER_MODE, make_folder, sync_directory
+from data_pipeline.store.files import FOLDER_MODE, make_folder, no_links, sync_directory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """One rank's part of a checkpoint, on disk."""
+    """One file of a rank, on disk."""
 
     file: FileRecord
-    """The rank's file."""
+    """Its name, size and hash."""
     ranges: list[WrittenRange]
-    """Ranges of tensors in the file."""
+    """Ranges of tensors in it."""
+    is_linked: bool = False
+    """Whether it is a file of an earlier checkpoint under a second name."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values, for `complete_folder`."""
+        return {"file": asdict(self.file), "ranges": self.ranges, "is_linked": self.is_linked}
 
 
-def write_ranges(folder: Path, ranges: dict[str, FlatRange], rank: int, step: int) -> Written:
-    """Write, sync and hash this rank's file; no other rank is needed."""
+def write_ranges(
+    folder: Path,
+    ranges: dict[str, FlatRange],
+    rank: int,
+    step: int,
+    *,
+    buffer: WriteBuffer | None = None,
+    when_read: Callable[[], None] | None = None,
+) -> Written:
+    """Write, sync and hash this rank's file; no other rank is needed.
+
+    Args:
+        folder: The folder of the checkpoint.
+        ranges: What this rank writes, by key `part/parameter name`.
+        rank: This rank.
+        step: Optimizer steps done.
+        buffer: The memory through which values pass.
+        when_read: Called once all values have been read, before the file is synced.
+    """
     fault_point("save_write", step)
-    writer = FolderWriter(folder)
-    planner = FlatSavePlanner()
-    writer.set_up_storage_writer(rank == 0, rank=rank, use_collectives=False)
-    planner.set_up_planner(ranges, is_coordinator=rank == 0)
-    plan = writer.prepare_local_plan(planner.create_local_plan())
-    results = writer.write_data(planner.finish_plan(plan), planner).wait()
+    path = folder / shard_name(rank)
+    written = write_shard(path, ranges, buffer or WriteBuffer(), when_read=when_read)
     fault_point("save_hash", step)
-    path = folder / f"__{rank}_0.distcp"
+    return written
+
+
+def shard_name(rank: int, *, frozen: bool = False) -> str:
+    """Return the name of a rank's file, or of the one with its part of the frozen parameters."""
+    return f"__{rank}_{int(frozen)}.distcp"
+
+
+def write_shard(
+    path: Path,
+    ranges: dict[str, FlatRange],
+    buffer: WriteBuffer,
+    *,
+    when_read: Callable[[], None] | None = None,
+) -> Written:
+    """Write and sync one file of ranges; see `write_ranges`."""
+    with open(path, "xb", buffering=0, opener=no_links) as file:
+        written = _pass_through(HashedFile(file), path.name, ranges, buffer)
+        if when_read is not None:
+            when_read()
+        os.fsync(file.fileno())
+    return written
+
+
+def would_write(name: str, ranges: dict[str, FlatRange], buffer: WriteBuffer) -> Written:
+    """Return what `write_shard` would write under a name, without writing it."""
+    return _pass_through(HashedFile(None), name, ranges, buffer)
+
+
+def _pass_through(
+    sink: HashedFile, name: str, ranges: dict[str, FlatRange], buffer: WriteBuffer
+) -> Written:
     entries = []
-    with open_regular(path, follow_links=False) as file:
-        for result in results:
-            part = ranges[result.index.fqn]
-            numel = part.tensor.numel()
-            stored = result.storage_data
-            entries.append(
-                WrittenRange(
-                    key=result.index.fqn,
-                    offset=part.offset,
-                    numel=numel,
-                    global_numel=part.global_numel,
-                    file=stored.relative_path,
-                    file_offset=stored.offset,
-                    file_bytes=stored.length,
-                    values_offset=values_offset(file.fileno(), stored.offset, stored.length, numel),
-                )
+    for key, part in ranges.items():
+        start = sink.num_bytes
+        numel = part.tensor.numel()
+        values_offset = write_archive(sink, numel, buffer.pieces(part.tensor))
+        entries.append(
+            WrittenRange(
+                key=key,
+                offset=part.offset,
+                numel=numel,
+                global_numel=part.global_numel,
+                file=name,
+                file_offset=start,
+                file_bytes=sink.num_bytes - start,
+                values_offset=values_offset,
             )
-    return Written(file=record_file(path), ranges=entries)
+        )
+    return Written(file=sink.record(name), ranges=entries)
 
 
 def complete_folder(
@@ -94,7 +143,7 @@ def complete_folder(
 
     Args:
         folder: The folder in which the ranks have written.
-        parts: `Written` of every rank, as plain values.
+        parts: `Written` of every file of every rank, as plain values.
         step: Optimizer steps done.
         layout: Sizes of the run's layout; see `Manifest`.
         tensors: Record of each parameter by name.
@@ -159,7 +208,7 @@ def write_alone(
         check_checkpoint_space(final.parent, needed, largest_file_bytes=needed)
         temporary.mkdir(mode=FOLDER_MODE)
         written = write_ranges(temporary, ranges, 0, step)
-        parts = [{"file": asdict(written.file), "ranges": written.ranges}]
+        parts = [written.to_json()]
         layout = {"world_size": 1, "sp_size": 1, "ep_size": 1, "zero_stage": 0}
         complete_folder(
             temporary, parts, step=step, layout=layout, tensors=dict(records), state=state

@@ -260,9 +260,15 @@ class CheckpointSection:
     keep_every_steps: int = 0
     """Checkpoints at multiples of this step are kept for good, besides `keep_last`; 0 keeps none.
     """
-    async_save: bool = True
-    """Periodic saves copy the state to host memory (12 bytes per parameter over all ranks) and
-    write it while training continues; false makes training wait for each save."""
+    async_save: bool | Literal["auto", "stream"] = "auto"
+    """Periodic saves are written while training continues. true copies what updates change to host
+    memory first (12 bytes per trained parameter over all ranks); a node without room for the copy
+    is refused. stream needs no copy: the state is written as it lies, and the next update waits
+    until it is written. auto copies if every node has room, and streams otherwise. false makes
+    training wait for each save."""
+    buffer_mib: int = 64
+    """Host memory in MiB of each rank through which a save passes what is not fp32 in host memory,
+    where no copy was made."""
     stop_budget_seconds: int = 540
     """Longest time in seconds from the decision to stop until the process has left; when it is used
     up, the process ends with exit code 74."""
@@ -274,6 +280,8 @@ class CheckpointSection:
         for name in ("interval_steps", "keep_every_steps", "stop_margin_seconds"):
             if getattr(self, name) < 0:
                 yield name, f"is {getattr(self, name)}, must be >= 0."
+        if self.buffer_mib < 1:
+            yield "buffer_mib", f"is {self.buffer_mib}, must be >= 1."
         if self.stop_budget_seconds < 1:
             yield "stop_budget_seconds", f"is {self.stop_budget_seconds}, must be >= 1."
         if self.keep_last < 2:

@@ -19,6 +19,7 @@ from cpt.deepspeed_adapter.offload import (
     settle_gradients,
 )
 from cpt.deepspeed_adapter.shards import create_optimizer_state
+from cpt.deepspeed_adapter.state_reading import StateReading
 from cpt.deepspeed_adapter.version import Feature, check_private_code
 from cpt.storage.file_memory import FileMemory
 from cpt.storage.state_bytes import gradient_place
@@ -67,6 +68,7 @@ def initialize(
     frozen_experts = nullcontext() if is_stage3 else experts_may_be_frozen(model)
     with offloaded_state(engine_json, files), frozen_experts:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.state_reading = StateReading()
     settle_gradients(engine, engine_json, files)
     if "offload_optimizer" in files:
         create_optimizer_state(engine, files["offload_optimizer"].zeros)

@@ -119,6 +119,7 @@ def apply_update(engine: Any, grad_norm: float) -> None:
     Raises:
         InternalError: DeepSpeed did not apply the update.
     """
+    engine.state_reading.wait()
     # DeepSpeed would clip by a norm of its own: on a GPU from fp64 copies of all gradients, on the
     # host from one sum per tensor, which is too small for large ones.
     device = flat_partitions(engine)[0].device

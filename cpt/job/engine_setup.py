@@ -266,6 +266,7 @@ def fill_weights(
             stay packed are not MXFP4.
     """
     topology = engine.topology
+    engine.deepspeed.state_reading.wait()
     adapted = adapted_matrices(engine.adapter, engine.model_config)
     with_adapters = WithInitialAdapters(source, adapted, engine.seed, engine.dtype)
     targets = {}

@@ -37,8 +37,10 @@ from data_pipeline.mixture.mixture import GlobalBatch
 
 log = logging.getLogger("cpt.job.loop")
 
-LEAST_DATA_WAIT = 0.01
-"""Share of a step from which on its wait for data is logged; less counts as productive."""
+LEAST_WAIT = 0.01
+"""Share of a step from which on its wait for data or for a save is logged; less counts as
+productive.
+"""
 
 
 def train(job: Job) -> bool:
@@ -265,12 +267,16 @@ def measure(job: Job, stop: StopRequest | None = None, *, last: bool = False) ->
 
 
 def log_waits(job: Job, step_seconds: float) -> None:
-    """Log the events of other threads, and the wait for data if it is worth a line."""
+    """Log the events of other threads, and the waits of a step that are worth a line."""
     for event in job.mailbox.collect():
         job.telemetry.log(event)
-    waited = job.take_data_wait()
-    if waited >= LEAST_DATA_WAIT * step_seconds:
-        job.telemetry.log({"event": "data_wait", "step": job.progress.step, "seconds": waited})
+    step = job.progress.step
+    for_data = job.take_data_wait()
+    if for_data >= LEAST_WAIT * step_seconds:
+        job.telemetry.log({"event": "data_wait", "step": step, "seconds": for_data})
+    for_save = job.engine.take_save_wait()
+    if for_save >= LEAST_WAIT * step_seconds:
+        job.telemetry.log({"event": "save_wait", "step": step, "seconds": for_save})
 
 
 def is_due(step: int, interval_steps: int) -> bool:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from cpt.checkpoint.saver import Published
+from cpt.checkpoint.save_in_progress import Published
+from cpt.checkpoint.staging import Way
 from cpt.errors import RequeueRequested, StorageError
 from cpt.job.job import Job
 from cpt.resilience.agreed_stop import agreed_reason
@@ -19,6 +20,13 @@ from cpt.resilience.stop import Deadline
 from cpt.telemetry.goodput import goodput
 
 log = logging.getLogger("cpt.job.saving")
+
+TOLD: dict[Way, str] = {
+    "copy": "asynchronous",
+    "stream": "asynchronous without a copy, the next update waits until it is written",
+    "wait": "training waits",
+}
+"""How a save is made, for the log."""
 
 
 def periodic_save(job: Job) -> None:
@@ -30,10 +38,10 @@ def periodic_save(job: Job) -> None:
     publish(job)
     step = job.progress.step
     job.clock.enter("save", step)
-    asynchronous = job.config.checkpoint.async_save
-    tell_begin(job, asynchronous=asynchronous)
+    way = job.saver.way
+    tell_begin(job, way)
     with told_failure(job, step):
-        if asynchronous:
+        if way != "wait":
             job.saver.start(step, job.state())
             return
         log_checkpoint(job, job.saver.save_now(step, job.state()))
@@ -49,7 +57,7 @@ def final_save(job: Job) -> None:
     """
     publish(job)
     job.clock.enter("save", job.progress.step)
-    tell_begin(job, asynchronous=False)
+    tell_begin(job, "wait")
     log_checkpoint(job, job.saver.save_now(job.progress.step, job.state()))
     job.saver.close()
 
@@ -91,17 +99,17 @@ def end(job: Job, exit_code: int, cause: str) -> None:
 
 
 def publish(job: Job, settled_ranks: int | None = None) -> None:
-    """Publish the save in flight, if every rank has written its part.
+    """Go on with the save in flight, if every rank has done its part.
 
     Args:
         job: The run.
-        settled_ranks: How many ranks have written their part; None waits for all of them.
+        settled_ranks: How many ranks have done their part; None waits until it is published.
     """
     with told_failure(job, job.progress.step):
         if settled_ranks is None:
             done = job.saver.finish()
         else:
-            done = job.saver.publish_settled(settled_ranks)
+            done = job.saver.advance(settled_ranks)
         if done is not None:
             log_checkpoint(job, done)
 
@@ -117,21 +125,24 @@ def told_failure(job: Job, step: int) -> Iterator[None]:
         job.telemetry.log({"event": "checkpoint_failed", "step": step, "reason": str(error)})
 
 
-def tell_begin(job: Job, *, asynchronous: bool) -> None:
+def tell_begin(job: Job, way: Way) -> None:
     """Log that a save begins."""
     if job.topology.rank == 0:
         size = job.saver.expected_bytes() / 1e9
-        how = "asynchronous" if asynchronous else "training waits"
-        log.info("checkpoint of step %d begun: %.3g GB, %s", job.progress.step, size, how)
+        log.info("checkpoint of step %d begun: %.3g GB, %s", job.progress.step, size, TOLD[way])
 
 
 def log_checkpoint(job: Job, done: Published) -> None:
     """Log a save; training stood still for `blocked_seconds` of its `seconds`."""
     if job.topology.rank == 0:
+        linked = ""
+        if done.linked_bytes:
+            linked = f" ({done.linked_bytes / 1e9:.3g} GB of it linked)"
         log.info(
-            "checkpoint of step %d finished: %.3g GB in %.1f s, training stood still for %.1f s",
+            "checkpoint of step %d finished: %.3g GB%s in %.1f s, training stood still for %.1f s",
             done.step,
             done.num_bytes / 1e9,
+            linked,
             done.seconds,
             done.blocked_seconds,
         )
@@ -141,8 +152,11 @@ def log_checkpoint(job: Job, done: Published) -> None:
         "path": done.folder.name,
         "seconds": done.seconds,
         "blocked_seconds": done.blocked_seconds,
+        "update_wait_seconds": done.update_wait_seconds,
         "bytes": done.num_bytes,
+        "linked_bytes": done.linked_bytes,
         "asynchronous": done.asynchronous,
+        "way": done.way,
     }
     job.telemetry.log(event)
     if job.report is not None:

@@ -44,6 +44,7 @@ POINTS = (
     "evaluate",
     "sample_traces",
     "save_stage",
+    "save_copy",
     "save_write",
     "save_hash",
     "save_manifest",

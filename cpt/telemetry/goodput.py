@@ -12,9 +12,9 @@
     other        the rest of the time between start and end: logging, hooks, the machine's scheduler
 
 Events that carry it: `start` (time, start_up_seconds, previous_end), `step` (seconds), `data_wait`,
-`checkpoint` (blocked_seconds, or seconds), `evaluation`, `skipped_update`, `rollback`, `end`
-(time).  Times are those of rank 0.  A start that was killed ends with its last line, which the next
-start knows from the file's time stamp.
+`save_wait`, `checkpoint` (blocked_seconds, or seconds; update_wait_seconds), `evaluation`,
+`skipped_update`, `rollback`, `end` (time).  Times are those of rank 0.  A start that was killed
+ends with its last line, which the next start knows from the file's time stamp.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ class Goodput:
 class _Step:
     seconds: float
     data_wait: float = 0.0
+    save_wait: float = 0.0
     skipped: bool = False
 
 
@@ -150,12 +151,19 @@ class GoodputAccount:
         if event["step"] in self.steps:
             self.steps[event["step"]].data_wait = _seconds(event.get("seconds"))
 
+    def _on_save_wait(self, event: dict[str, Any]) -> None:
+        if event["step"] in self.steps:
+            self.steps[event["step"]].save_wait = _seconds(event.get("seconds"))
+
     def _on_skipped_update(self, event: dict[str, Any]) -> None:
         if event["step"] in self.steps:
             self.steps[event["step"]].skipped = True
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
-        self.lost["save_wait"] += _seconds(event.get("blocked_seconds", event.get("seconds")))
+        blocked = _seconds(event.get("blocked_seconds", event.get("seconds")))
+        # what an update waited is part of its step, and has an event of its own
+        in_step = _seconds(event.get("update_wait_seconds"))
+        self.lost["save_wait"] += max(0.0, blocked - in_step)
 
     def _on_evaluation(self, event: dict[str, Any]) -> None:
         self.lost["evaluation"] += _seconds(event.get("seconds"))
@@ -201,7 +209,8 @@ class GoodputAccount:
                 lost["skipped"] += step.seconds
             else:
                 lost["data_wait"] += step.data_wait
-                productive += step.seconds - step.data_wait
+                lost["save_wait"] += step.save_wait
+                productive += step.seconds - step.data_wait - step.save_wait
         return Goodput(productive=productive, lost=lost, num_starts=self.starts)
 
 
@@ -209,6 +218,7 @@ _HANDLERS: dict[str, Callable[[GoodputAccount, dict[str, Any]], None]] = {
     "start": GoodputAccount._on_start,
     "step": GoodputAccount._on_step,
     "data_wait": GoodputAccount._on_data_wait,
+    "save_wait": GoodputAccount._on_save_wait,
     "skipped_update": GoodputAccount._on_skipped_update,
     "checkpoint": GoodputAccount._on_checkpoint,
     "evaluation": GoodputAccount._on_evaluation,

@@ -222,6 +222,7 @@ class TrainingEngine:
         optimizer = create_optimizer(model, config.train, separate_routers=separate_routers)
         files = reserve_files(model, optimizer, config, topology)
         self.deepspeed = initialize(model, optimizer, config.engine_json, files)
+        self._save_wait_seconds = 0.0
         self.rounding = ExpertRounding(
             config.train.quantize, self.deepspeed, topology.device, clock
         )
@@ -307,6 +308,8 @@ class TrainingEngine:
         router = self.router_watch.finish(self.topology.control_group)
         grad_norm = math.sqrt(sums.squared_grad_norm)  # NaN and infinity stay what they are
         applied = bool(torch.isfinite(sums.by_source).all()) and grad_norm < LARGEST_GRAD_NORM
+        if applied:
+            self._wait_for_save(step)
         self._clock.enter("optimizer_step", step)
         fault_point("optimizer_step", step)
         if applied:
@@ -325,6 +328,20 @@ class TrainingEngine:
             votes=sums.votes,
             router=router,
         )
+
+    def _wait_for_save(self, step: int) -> None:
+        """Wait until a save has read the state that the update of this step changes."""
+        reading = self.deepspeed.state_reading
+        if reading.is_open:
+            self._clock.enter("save", step)
+            reading.wait()
+            self._save_wait_seconds += reading.waited_seconds
+
+    def take_save_wait(self) -> float:
+        """Return the seconds that updates have waited for a save since the last call."""
+        taken = self._save_wait_seconds
+        self._save_wait_seconds = 0.0
+        return taken
 
     def _accumulate(
         self,

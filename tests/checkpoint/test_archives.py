@@ -1,4 +1,4 @@
-"""The values of an archived tensor are found without reading its pickle."""
+"""Archives of tensors are what torch writes, and their values are found without their pickle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpt.checkpoint.archives import values_offset
+from cpt.checkpoint.archives import values_offset, write_archive
+from cpt.checkpoint.write_buffer import HashedFile, WriteBuffer
 from cpt.errors import CheckpointError
 
 
@@ -90,3 +91,51 @@ def test_changed_archive_gives_values_inside_it_or_is_refused(
     with contextlib.suppress(CheckpointError):
         found = find(tmp_path / "file", bytes(content), 10)
         assert 0 <= found <= len(content) - 40
+
+
+def written_archive(path: Path, values: torch.Tensor) -> int:
+    """Write an archive into a file, and return where its values are."""
+    with open(path, "wb", buffering=0) as file:
+        return write_archive(HashedFile(file), values.numel(), WriteBuffer().pieces(values))
+
+
+@pytest.mark.parametrize("numel", [1, 255, 256, 65_536, 100_000])
+def test_torch_reads_the_archive_that_was_written_piece_by_piece(
+    tmp_path: Path, numel: int
+) -> None:
+    values = torch.randn(numel)
+    first = written_archive(tmp_path / "file", values)
+    content = (tmp_path / "file").read_bytes()
+    loaded = torch.load(io.BytesIO(content), weights_only=True)
+    assert torch.equal(loaded, values) and loaded.dtype == torch.float32
+    assert find(tmp_path / "other", content, numel) == first
+    with zipfile.ZipFile(tmp_path / "file") as archive:
+        assert archive.testzip() is None, "checksums"
+
+
+def test_description_of_the_tensor_means_what_torch_writes(tmp_path: Path) -> None:
+    values = torch.randn(70_000)
+    written_archive(tmp_path / "file", values)
+    ours = torch.load(tmp_path / "file", weights_only=True)
+    of_torch = torch.load(io.BytesIO(archive_of(values)), weights_only=True)
+    for one in (ours, of_torch):
+        assert one.untyped_storage().nbytes() == 280_000
+        assert (one.stride(), one.storage_offset(), one.requires_grad) == ((1,), 0, False)
+
+
+def test_archive_of_more_than_two_gigabytes_is_read_by_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit from which on sizes take 64 bits is set to a kilobyte."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
+    values = torch.randn(1000)
+    first = written_archive(tmp_path / "file", values)
+    assert torch.equal(torch.load(tmp_path / "file", weights_only=True), values)
+    assert find(tmp_path / "other", (tmp_path / "file").read_bytes(), 1000) == first
+
+
+def test_equal_values_make_equal_bytes(tmp_path: Path) -> None:
+    values = torch.randn(1000)
+    written_archive(tmp_path / "one", values)
+    written_archive(tmp_path / "two", values.clone())
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

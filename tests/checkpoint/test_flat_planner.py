@@ -1,6 +1,6 @@
 """Ranges of flat tensors that some ranks wrote are read by other ranks, cut elsewhere, bit for bit.
 
-All ranks live in one process here; each plans and writes as torch.distributed.checkpoint lets it.
+All ranks live in one process here.
 """
 
 from __future__ import annotations
@@ -10,42 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpt.checkpoint.flat_planner import FlatRange, FlatSavePlanner
+from cpt.checkpoint.flat_planner import FlatRange
 from cpt.checkpoint.manifest import METADATA
+from cpt.checkpoint.metadata import write_metadata
 from cpt.checkpoint.old_metadata import read_old_metadata
-from cpt.checkpoint.range_index import index_of_archives
+from cpt.checkpoint.range_index import group_ranges, index_of_archives
 from cpt.checkpoint.reader import read_ranges
-from cpt.errors import CheckpointError
+from cpt.checkpoint.writer import write_ranges
+from cpt.errors import CheckpointError, InternalError
 
 Ranges = dict[str, FlatRange]
 
 
 def save(folder: Path, ranks: list[Ranges]) -> None:
-    """Go through the stages of dcp.save, with all ranks in turn."""
-    planners = []
-    writers = []
-    plans = []
+    """Let all ranks write their files in turn, and write where the ranges lie."""
+    written = []
     for rank, ranges in enumerate(ranks):
-        planner = FlatSavePlanner()
-        planner.set_up_planner(ranges, is_coordinator=rank == 0)
-        writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=False)
-        writer.set_up_storage_writer(rank == 0)
-        planners.append(planner)
-        writers.append(writer)
-        plans.append(writer.prepare_local_plan(planner.create_local_plan()))
-    plans, metadata = planners[0].create_global_plan(plans)
-    plans = writers[0].prepare_global_plan(plans)
-    results = []
-    for planner, writer, plan in zip(planners, writers, plans, strict=True):
-        future = writer.write_data(planner.finish_plan(plan), planner)
-        future.wait()
-        results.append(future.value())
-    writers[0].finish(metadata, results)
+        written += write_ranges(folder, ranges, rank, step=1).ranges
+    write_metadata(folder, group_ranges(written))
 
 
 def load(folder: Path, ranges: Ranges) -> None:
@@ -162,7 +148,7 @@ def test_file_holds_a_range_and_not_the_buffer_behind_it(tmp_path: Path) -> None
 
 def test_ranks_that_together_leave_a_hole_cannot_save(tmp_path: Path) -> None:
     first, _, third = pieces(numbers(20), [5, 9])
-    with pytest.raises(ValueError):
+    with pytest.raises(InternalError):
         save(tmp_path, [{"w": first}, {"w": third}])
 
 
@@ -170,7 +156,7 @@ def test_ranks_whose_ranges_overlap_cannot_save(tmp_path: Path) -> None:
     whole = numbers(20)
     first = FlatRange(tensor=whole[0:12], offset=0, global_numel=20)
     second = FlatRange(tensor=whole[10:20], offset=10, global_numel=20)
-    with pytest.raises(ValueError):
+    with pytest.raises(InternalError):
         save(tmp_path, [{"w": first}, {"w": second}])
 
 

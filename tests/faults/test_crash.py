@@ -21,6 +21,7 @@ from tests.support.service import STEPS, Service, run_to_end, service
 
 pytestmark = pytest.mark.dist
 ASYNC = ("--set", "checkpoint.async_save=true")
+STREAM = ("--set", "checkpoint.async_save=stream")
 
 
 def shards(run_dir: Path, step: int = STEPS) -> dict[str, str]:
@@ -120,14 +121,23 @@ def test_crash_while_an_old_checkpoint_is_deleted(workplace) -> None:
     "C14", "the step being written is not listed, the previous one loads, same final weights"
 )
 @pytest.mark.parametrize(
-    "fault", ["save_stage:1:4:kill", "save_write:0:4:kill", "save_hash:1:4:killgroup"]
+    ("way", "fault"),
+    [
+        (ASYNC, "save_copy:0:4:kill"),
+        (ASYNC, "save_hash:1:4:killgroup"),
+        (STREAM, "save_write:1:4:kill"),
+        pytest.param(ASYNC, "save_stage:1:4:kill", marks=pytest.mark.slow),
+        pytest.param(ASYNC, "save_write:0:4:kill", marks=pytest.mark.slow),
+        pytest.param(ASYNC, "save_manifest:0:4:kill", marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[1].partition("=")[2],
 )
-def test_kill_during_an_asynchronous_save(workplace, undisturbed, fault) -> None:
-    name = f"c14-{fault.replace(':', '-')}"
-    code, run = run_to_end(workplace, name, *ASYNC, fault=f"save_write:1:2:sleep=0,{fault}")
+def test_kill_during_an_asynchronous_save(workplace, undisturbed, way, fault) -> None:
+    name = f"c14-{fault.replace(':', '-')}-{len(way[1])}"
+    code, run = run_to_end(workplace, name, *way, fault=f"save_write:1:2:sleep=0,{fault}")
     published = list_steps(run.run_dir)
     assert code != 0 and 4 not in published and published in ([2], []), run.output
-    check_rerun(workplace, run, undisturbed, published[0] if published else 0, *ASYNC)
+    check_rerun(workplace, run, undisturbed, published[0] if published else 0, *way)
 
 
 @pytest.mark.case(

@@ -12,7 +12,7 @@ import torch
 
 from cpt.checkpoint import staging
 from cpt.checkpoint.flat_planner import FlatRange
-from cpt.checkpoint.staging import Staging, available_bytes, check_host_memory
+from cpt.checkpoint.staging import HostNeed, Staging, available_bytes, choose_way
 from cpt.errors import ConfigError, StorageError
 from cpt.storage import space
 
@@ -72,17 +72,63 @@ def test_no_limit_on_file_sizes_is_no_limit(tmp_path: Path) -> None:
     space.check_checkpoint_space(tmp_path, 1, largest_file_bytes=2**60)
 
 
-def test_host_memory_that_is_missing_is_said_with_what_to_do(
-    monkeypatch: pytest.MonkeyPatch,
+GB = 10**9
+
+
+def needs(*hosts: str, own: int = GB, available: int | None = 3 * GB) -> list[HostNeed]:
+    """Return the need of one rank on each of the hosts."""
+    return [HostNeed(host, own, available) for host in hosts]
+
+
+def test_host_memory_that_is_missing_is_said_with_what_to_do() -> None:
+    assert choose_way(True, needs("a", "a")) == ("copy", "")
+    told = r"1\.0 GB of each rank, 4\.0 GB on a, where 3\.0 GB are available\. .*async_save=stream"
+    with pytest.raises(ConfigError, match=told):
+        choose_way(True, needs("a", "a", "a", "a"))
+
+
+def test_node_without_room_for_a_copy_lets_all_ranks_stream() -> None:
+    assert choose_way("auto", needs("a", "b", "a")) == ("copy", "")
+    way, why = choose_way("auto", needs("a", "b", "b", "b"))
+    assert way == "stream" and "3.0 GB on b, where 3.0 GB are available" in why
+    assert choose_way("auto", needs(*"bbbbaaaa"))[1].endswith("(1 more nodes have too little)")
+
+
+def test_copy_that_was_asked_for_may_take_all_that_is_available() -> None:
+    assert choose_way(True, needs("b", "b", "b")) == ("copy", "")
+
+
+def test_saves_that_make_no_copy_need_no_memory() -> None:
+    assert choose_way(False, needs("a", own=100 * GB)) == ("wait", "")
+    assert choose_way("stream", needs("a", own=100 * GB)) == ("stream", "")
+
+
+def test_system_that_does_not_say_how_much_memory_is_left_gets_a_copy() -> None:
+    assert choose_way("auto", needs("a", available=None)) == ("copy", "")
+
+
+CGROUPS = {
+    "version 1": ("4:memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    "version 2": ("0::/job", "job", "memory.max", "memory.current"),
+}
+
+
+@pytest.mark.parametrize("version", CGROUPS)
+def test_memory_that_is_left_of_a_cgroup_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    assert (available_bytes() or 0) > 0
-    monkeypatch.setattr(staging, "available_bytes", lambda: 3 * 10**9)
-    check_host_memory(10**9, 2 * 10**9)
-    with pytest.raises(
-        ConfigError,
-        match=r"1\.0 GB of each rank .* 4\.0 GB on this node; 3\.0 GB .*async_save=false",
-    ):
-        check_host_memory(10**9, 4 * 10**9)
+    line, folder, limit, usage = CGROUPS[version]
+    prefix = "total_" if version == "version 1" else ""
+    where = tmp_path / "sys/fs/cgroup" / folder
+    where.mkdir(parents=True)
+    (where / limit).write_text("5000\n")
+    (where / usage).write_text("3000\n")
+    (where / "memory.stat").write_text(f"{prefix}inactive_file 600\n{prefix}active_file 50\n")
+    own = tmp_path / "proc/self/cgroup"
+    own.parent.mkdir(parents=True)
+    own.write_text(f"9:name=systemd:/\n{line}\n")
+    monkeypatch.setattr(staging, "Path", lambda path: tmp_path / str(path).lstrip("/"))
+    assert available_bytes() == 2650
 
 
 def test_staged_copy_does_not_change_with_its_source_and_its_buffer_is_used_again() -> None:

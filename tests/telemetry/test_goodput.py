@@ -50,6 +50,20 @@ def test_undisturbed_run_loses_its_start_its_saves_and_its_waits() -> None:
     )
 
 
+def test_what_an_update_waited_for_a_save_is_lost_once() -> None:
+    waited = {"blocked_seconds": 5.0, "update_wait_seconds": 3.0}
+    events = [
+        start(0, at=1000.0),
+        *steps(1, 2),
+        {"event": "save_wait", "step": 2, "seconds": 3.0},
+        {"event": "checkpoint", "step": 1, "seconds": 9.0, **waited},
+        {"event": "end", "step": 2, "time": 1022.0},
+    ]
+    result = goodput(events)
+    assert result.productive == 17.0
+    assert lost(result) == {"start_up": 20.0, "save_wait": 5.0}
+
+
 @pytest.mark.case(
     "M1", "kill, requeue, rollback and saves counted by kind; sums to the time on the clock"
 )
