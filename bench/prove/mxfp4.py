@@ -26,7 +26,6 @@ needs a Debian system with a package mirror for the texts, and a good hour of on
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -54,6 +53,7 @@ from mxfp4_parts.page import write_page  # noqa: E402
 from mxfp4_parts.training import Rows, Trainer, scored_sets  # noqa: E402
 
 from cpt.offline.ranks import single_process  # noqa: E402
+from data_pipeline.store.files import write_json  # noqa: E402
 
 PRODUCT_ARM = releases.ARMS[1]
 """The release of the cell that is also run through the product's commands."""
@@ -105,14 +105,12 @@ def run_cells(work_dir: Path, scale: Scale, seeds: list[int], *, from_sample: bo
 
 def run_product(work_dir: Path, scale: Scale) -> None:
     """Run one cell through the product's commands, unless that is done."""
-    path = work_dir / "product.json"
     cell = product_cell(scale)
     result = finished(work_dir / "cells", cell)
-    if path.exists() or result is None:
+    if product.finished(work_dir, scale) is not None or result is None:
         return
     release = releases.read_release(work_dir / "cells", PRODUCT_ARM, cell.seed)
-    comparison = product.run_product(work_dir, scale, result, release)
-    path.write_text(json.dumps(comparison, indent=1))
+    product.run_product(work_dir, scale, result, release)
 
 
 def product_cell(scale: Scale) -> Cell:
@@ -148,12 +146,12 @@ def write_report(work_dir: Path, scale: Scale, options: argparse.Namespace) -> N
         "summary": outcome.summary(results),
         "cells": results,
     }
-    path = work_dir / "product.json"
-    if path.exists():
-        report["product"] = json.loads(path.read_text())
-        print(product.told(report["product"]))
+    compared = product.finished(work_dir, scale)
+    if compared is not None:
+        report["product"] = compared
+        print(product.told(compared))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report, indent=1)
     if options.page:
         write_page(options.page, report)
     if options.svg:

@@ -26,6 +26,11 @@ class RunState:
     """Hugging Face's configuration of the model."""
     lineage: Sequence[Plain] | None = None
     """The models that the first weights came from (`cpt.checkpoint.lineage`)."""
+    starting_model: Plain | None = None
+    """What the directory or checkpoint of the first weights is known by, as `hash` and `sums`
+    (`cpt.checkpoint.adapter_state.AdapterBase`); None if they were random, below an adapter, which
+    says it itself, or in a run of an older version.
+    """
     config: Plain | None = None
     """`RunConfig.to_plain` of the run that wrote the checkpoint."""
     identity: Plain | None = None

@@ -35,7 +35,7 @@ from cpt.checkpoint.reader import (
     refusal_unread,
     step_folder,
 )
-from cpt.checkpoint.run_state import RunState
+from cpt.checkpoint.run_state import RunState, quantized_by
 from cpt.checkpoint.weights import CheckpointWeights
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
@@ -209,4 +209,28 @@ def unfinished_warning(path: Path) -> str:
         "either raise checkpoint.keep_last of that run, or export the checkpoint and give the "
         f"export as model.path: cpt export --run_dir {run_dir} --step {manifest.step} --out "
         "DIRECTORY --format fp32"
+    )
+
+
+def masters_warning(key: str, path: Path) -> str:
+    """Return what to say of a checkpoint whose experts were rounded in training; empty for others.
+
+    Args:
+        key: The key of the run YAML that names it.
+        path: The located path.
+
+    Raises:
+        CheckpointError: its manifest is damaged.
+    """
+    if not is_checkpoint(path):
+        return ""
+    manifest = read_manifest(path)
+    rule = quantized_by(manifest)
+    if rule is None:
+        return ""
+    return (
+        f"{key}: the run of {path} rounded its experts (train.quantize, {rule}). The master "
+        "weights are read, with which no forward pass has computed. For the model that was "
+        f"trained, name its export: cpt export --run_dir {run_of(path) or 'RUN'} --step "
+        f"{manifest.step} --out DIRECTORY --format mxfp4"
     )

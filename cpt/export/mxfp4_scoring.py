@@ -10,7 +10,7 @@ twice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +28,13 @@ from cpt.errors import ConfigError, DataError
 from cpt.export.exponent_choice import ExponentChoice
 from cpt.export.export_base import BaseChoice, ExportBase, choose_base, open_base
 from cpt.export.mxfp4_cost import costs_by_domain
+from cpt.export.quantized_export import frozen_tensors
 from cpt.export.rounded_weights import FiniteWeights, WithExpertsOf
 from cpt.export.survived import survived_by_domain
 from cpt.guard.score import DomainScore, ScoredSet
 from cpt.model.adapters.merged import AdaptedWeights
 from cpt.model.parameters import parameter_numels
+from cpt.model.weights.hf_layout import expert_matrices
 from cpt.model.weights.rounded_weights import RoundedWeights
 from cpt.model.weights.writer import refuse_existing
 from cpt.offline.model import OfflineModel, held_out_sets
@@ -131,6 +133,8 @@ class ScoredModels:
     """The checkpoint in bf16."""
     checkpoint: str
     """Its name."""
+    frozen: Collection[str]
+    """Its expert matrices that the run did not train."""
     scorer: SetScorer
     """Scores one model after the other."""
 
@@ -142,6 +146,19 @@ class ScoredModels:
         """Return the scores of the weights rounded by a rule."""
         source = RoundedWeights(self._finite(), self.weights.shapes, rule)
         return self.scorer.scores(f"mxfp4-{rule}", source)
+
+    def as_trained(self, rule: ExponentRule | None) -> list[DomainScore]:
+        """Return the scores of the weights with which training computed.
+
+        Args:
+            rule: The rule by which it rounded the matrices that it trained; None if it did not.
+        """
+        if rule is None:
+            return self.in_bf16()
+        if not self.frozen:
+            return self.rounded(rule)
+        source = RoundedWeights(self._finite(), self.weights.shapes, rule, self.frozen)
+        return self.scorer.scores(f"trained-{rule}", source)
 
     def with_base_experts(self) -> list[DomainScore] | None:
         """Return the scores with the expert matrices of the base; None if there is none."""
@@ -155,8 +172,8 @@ class ScoredModels:
 
         Args:
             rule: Its rule.
-            trained_rule: The rule by which training rounded: then the rounded model is the one that
-                was trained. None if it did not round.
+            trained_rule: The rule by which training rounded: then the model that was trained is the
+                rounded one, but for matrices that were frozen. None if it did not round.
         """
         before = self.in_bf16()
         after = self.rounded(rule)
@@ -164,7 +181,7 @@ class ScoredModels:
         base_experts = self.with_base_experts()
         if base_experts is None:
             return HeldOut(costs=costs)
-        trained = before if trained_rule is None else self.rounded(trained_rule)
+        trained = self.as_trained(trained_rule)
         return HeldOut(costs=costs, survived=survived_by_domain(trained, base_experts, after))
 
     def _finite(self) -> FiniteWeights:
@@ -183,24 +200,28 @@ def scoring(
         keep: Whether the scores stay afterwards, for a later export to the same directory.
 
     Raises:
-        ConfigError: `out` exists, or its pieces are of other work; or the base cannot be read.
+        ConfigError: `out` exists, or its pieces are of other work; the base cannot be read; or the
+            ranks see different checkpoints as the newest one.
     """
     folder = request.folder
     manifest = request.manifest
     config = model_config_of(manifest)
     with offline_ranks(config, partial_folder(request.out), request.options) as ranks:
+        ranks.refuse_different(folder.name)
         ranks.on_first(lambda: refuse_existing(request.out))
         found = _agreed_base(request, ranks)
         model = OfflineModel(config, ranks.topology)
         identity = _identity(request, sets, model, found.base)
         with kept_pieces(request.out, identity, ranks, keep=keep) as pieces:
+            weights = open_weights(folder, manifest, torch.bfloat16, request.base)
             yield ScoredModels(
                 ranks=ranks,
                 pieces=pieces,
                 base=found.base,
                 absent=found.absent,
-                weights=open_weights(folder, manifest, torch.bfloat16, request.base),
+                weights=weights,
                 checkpoint=folder.name,
+                frozen=frozen_tensors(manifest, expert_matrices(weights.shapes)),
                 scorer=SetScorer(model, sets, pieces),
             )
 

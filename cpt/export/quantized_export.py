@@ -8,7 +8,7 @@ Memory holds one expert of the model and the same one of the base.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,15 @@ class QuantizedExport:
         if self._base is not None:
             self._base.refuse_unusable()
         sums = self._rounder.sums
-        stored = self._manifest.tensors
-        frozen = [name for name in sums if name in stored and not stored[name].trained]
+        frozen = frozen_tensors(self._manifest, sums)
         report = rounding_report(self._choice, self._base, self._absent, sums, frozen)
         return with_held_out(report, [])
+
+
+def frozen_tensors(manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """Return those of some tensors of a checkpoint that its run did not train."""
+    stored = manifest.tensors
+    return [name for name in names if name in stored and not stored[name].trained]
 
 
 def quantized_entries(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:

@@ -32,7 +32,7 @@ from cpt.export.mxfp4_scoring import (
     sets_to_score,
 )
 from cpt.export.rounding_sums import RoundingSums, merged_sums
-from cpt.model.weights.hf_layout import is_expert_matrix
+from cpt.model.weights.hf_layout import expert_matrices
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
 from cpt.model.weights.source import read_window
 from cpt.offline.pieces import ItemSeries
@@ -85,10 +85,7 @@ def score_rules(request: ScoringRequest, write: Write | None) -> Json:
 
 def _sums_by_rule(models: ScoredModels) -> dict[ExponentRule, RoundingSums]:
     """Return what each rule does to all expert matrices together; the ranks divide the matrices."""
-    names = []
-    for name, shape in sorted(models.weights.shapes.items()):
-        if is_expert_matrix(name, shape):
-            names.append(name)
+    names = expert_matrices(models.weights.shapes)
     series = ItemSeries(name=SERIES, num_items=len(names), unit="matrix")
 
     def compute(index: int | None) -> Json:

@@ -7,7 +7,9 @@ data (built by the first rank if it is missing and small) -> engine -> checkpoin
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 from cpt.checkpoint.adapter_state import AdapterBase, AdapterState
 from cpt.checkpoint.lineage import lineage_of_run
@@ -119,6 +121,7 @@ def assemble(context: RunContext) -> Job:
         report=periodic_report(context),
         adapter=adapter,
         lineage=on_first_rank(group, lambda: lineage_of_run(config)),
+        starting_model=starting_model(context, None if begins else loaded),
     )
     if loaded is not None:
         job.restore(loaded, accept_mix_change=config.data.accept_mix_change)
@@ -141,6 +144,31 @@ def adapter_of_run(context: RunContext) -> AdapterState | None:
         context.control_group, lambda: asdict(base_of(config, context.model_config))
     )
     return AdapterState(section=config.adapter, base=AdapterBase(**base), dtype=config.train.dtype)
+
+
+def starting_model(context: RunContext, loaded: LoadedState | None) -> Mapping[str, Any] | None:
+    """Return what the model is known by that the run has its first weights from.
+
+    A run that goes on keeps what its beginning has found: the files may have changed or gone since.
+
+    Args:
+        context: The start of the run.
+        loaded: The checkpoint that the run goes on from; None if it begins.
+
+    Raises:
+        ConfigError: on all ranks: the model cannot be read.
+    """
+    if loaded is not None:
+        return loaded.state.starting_model
+    config = context.config
+    if config.model.path is None or config.adapter.is_on:
+        return None
+
+    def look() -> dict[str, Any]:
+        base = base_of(config, context.model_config)
+        return {"hash": base.hash, "sums": base.sums}
+
+    return on_first_rank(context.control_group, look)
 
 
 def beginning(context: RunContext, data: BuiltData, loaded: LoadedState | None) -> StartingPoint:

@@ -213,7 +213,7 @@ def stored_weights(path: Path, model_config: GptOssConfig, topology: Topology) -
 
 
 def base_of(config: RunConfig, model_config: GptOssConfig) -> AdapterBase:
-    """Return the model below the adapter of a run; samples of its weight files are read.
+    """Return the model that a run starts from, below an adapter too; samples of it are read.
 
     Raises:
         ConfigError: the directory holds no weights that can be read.

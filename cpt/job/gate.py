@@ -24,7 +24,7 @@ import argparse
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.checkpoint.starting_model import (
     check_starting_weights,
     located,
+    masters_warning,
     own_checkpoint_problems,
     starting_config,
     unfinished_warning,
@@ -362,13 +363,20 @@ class _Gate:
         path = self.run_yaml.model.path
         if path is not None:
             self._check_weights_in(path)
-            warning = self.found_by_one.attempt(lambda: unfinished_warning(path))
-            if warning and self.trains:
-                log.warning("%s", warning)
+            self._warn(lambda: unfinished_warning(path))
+            if not self.run_yaml.train.quantize.is_on:
+                self._warn(lambda: masters_warning("model.path", path))
         baseline = self.run_yaml.guard.baseline_model
         if baseline is not None and self.run_yaml.guard.enabled:
             self.found_by_one.add(self._problems_of_baseline(baseline))
             self._check_weights_in(baseline)
+            self._warn(lambda: masters_warning("guard.baseline_model", baseline))
+
+    def _warn(self, look: Callable[[], str]) -> None:
+        """Log what a person should know of a model before a run trains."""
+        warning = self.found_by_one.attempt(look)
+        if warning and self.trains:
+            log.warning("%s", warning)
 
     def _check_weights_in(self, path: Path) -> None:
         """Compare the tensors and the tokenizer of a model that the run YAML names with the run."""

@@ -78,6 +78,8 @@ class Job:
     """Draws report.html while the run goes on; only the first rank has it."""
     lineage: list[dict[str, Any]] = field(default_factory=list)
     """The models that the first weights came from (`cpt.checkpoint.lineage`)."""
+    starting_model: Mapping[str, Any] | None = None
+    """What the model of the first weights is known by (`RunState.starting_model`)."""
     has_begun: bool = False
     """Whether everything that comes before the first step is done. Until then the weights of step 0
     are those of the untouched model, which the guard measures."""
@@ -294,6 +296,7 @@ class Job:
         state = RunState(
             model_config=self.context.model_config.to_dict(),
             lineage=self.lineage,
+            starting_model=self.starting_model,
             config=self.config.to_plain(),
             identity=RunIdentity.of(self.config).to_json(self.stages),
             progress=self.progress.to_json(),

@@ -91,6 +91,21 @@ class OfflineRanks:
             self.options.stop.consume()
             raise RequeueRequested(f"stopped on request: {reason}. {done()}")
 
+    def refuse_different(self, name: str) -> None:
+        """Refuse ranks that look at different models, as where a run saves while they start.
+
+        Args:
+            name: Name of the checkpoint or directory that this rank looks at.
+
+        Raises:
+            ConfigError: on all ranks, with the names.
+        """
+        found = sorted(set(gather_json(name, self.topology.control_group)))
+        if len(found) > 1:
+            raise ConfigError(
+                f"the ranks found different checkpoints: {', '.join(found)}. Name one with --step."
+            )
+
     def hash_of_weights(self, files: Iterable[Path]) -> str:
         """Return `weights_hash` of weight files; each rank reads some of them."""
         own = []

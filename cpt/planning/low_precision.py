@@ -232,10 +232,14 @@ def rounding_text(config: RunConfig, expert_matrices: tuple[int, ...]) -> str:
     how = f"{moved:.2f} GB read and written"
     if rounds_on_host(config):
         how = f"{moved:.2f} GB between host and device"
-    return (
+    text = (
         f"experts to {quantize.experts} ({quantize.exponent}) from step {quantize.start_step} on: "
         f"{weights / 1e6:,.1f} M weights of a rank after each update, {how}"
     )
+    stop = config.train.stop_at_step
+    if stop is not None and stop <= (quantize.start_step or 0):
+        text += f"; this start does no such step, as it ends with train.stop_at_step {stop}"
+    return text
 
 
 def products_text(config: RunConfig, model: GptOssConfig) -> str:

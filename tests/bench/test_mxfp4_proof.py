@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench" / "prove")]
@@ -58,7 +59,7 @@ def _result(arm: str = "short, floor", lr: float = 1e-4, seed: int = 0, **scores
 def test_an_interval_over_three_seeds_is_that_of_student() -> None:
     found = outcome.interval([1.0, 2.0, 3.0])
     assert found.mean == 2.0
-    assert found.half == pytest.approx(4.303 / math.sqrt(3))
+    assert found.half == pytest.approx(4.3026527 / math.sqrt(3))
     assert found.text(".1f") == "2.0 \u00b1 2.5"
 
 
@@ -374,3 +375,32 @@ def test_the_product_is_compared_figure_by_figure() -> None:
     assert figures["kept, ceil"]["difference"] == -0.25
     assert "base experts 8e-01" in product.told(comparison)
     assert product.told(comparison).endswith("in kept by 2e-01.")
+
+
+def test_a_killed_release_of_the_product_is_written_anew_and_one_of_another_scale_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = _weights(0, 1.0)
+
+    def killed(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(product, "save_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            product.write_release(tmp_path, QUICK, weights)
+    for _ in range(2):
+        out = product.write_release(tmp_path, QUICK, weights)
+        assert torch.equal(load_file(out / "model.safetensors")[GATE], weights[GATE])
+    with pytest.raises(ValueError, match=r"release was made with another scale \(num_merges, "):
+        product.write_release(tmp_path, REAL, weights)
+
+
+def test_a_comparison_of_another_scale_is_refused(tmp_path: Path) -> None:
+    assert product.finished(tmp_path, QUICK) is None
+    comparison = {"cell": {}, "figures": {}, "scale": product.scale_json(QUICK)}
+    (tmp_path / "product.json").write_text(json.dumps(comparison))
+    assert product.finished(tmp_path, QUICK) == comparison
+    with pytest.raises(ValueError, match=r"product\.json was made with another scale"):
+        product.finished(tmp_path, REAL)

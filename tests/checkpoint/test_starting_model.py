@@ -15,6 +15,7 @@ from cpt.checkpoint.reader import step_folder
 from cpt.checkpoint.starting_model import (
     check_starting_weights,
     located,
+    masters_warning,
     own_checkpoint_problems,
     unfinished_warning,
     weight_files,
@@ -93,6 +94,16 @@ def test_checkpoint_that_its_run_may_delete_is_told_with_the_cure(run_dir: Path)
     )
     assert f"as model.path: cpt export --run_dir {run_dir} --step 10" in told
     assert unfinished_warning(run_dir) == ""
+
+
+def test_a_run_that_rounded_its_experts_is_told_to_be_read_by_its_masters(run_dir: Path) -> None:
+    folder = step_folder(run_dir, 10)
+    assert masters_warning("model.path", folder) == ""
+    assert masters_warning("model.path", run_dir) == ""
+    sign_again(folder, lambda manifest: manifest["state"].update(quantize={"exponent": "ceil"}))
+    told = masters_warning("guard.baseline_model", folder)
+    assert told.startswith(f"guard.baseline_model: the run of {folder} rounded its experts")
+    assert f"cpt export --run_dir {run_dir} --step 10 --out DIRECTORY --format mxfp4" in told
 
 
 def test_copy_of_a_checkpoint_belongs_to_no_run(run_dir: Path, tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cpt.checkpoint.adapter_state import AdapterBase
 from cpt.checkpoint.manifest import read_manifest
 from cpt.commands.export import EXPONENTS
 from cpt.config.precision_sections import ExponentRule
@@ -35,7 +37,13 @@ from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, SINGLE_FILE, is_expert_matrix
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
 from tests.support.mxfp4_blocks import as_matrices, hard_blocks
-from tests.support.mxfp4_exports import moved, release, save_checkpoint, save_model
+from tests.support.mxfp4_exports import (
+    moved,
+    release,
+    save_checkpoint,
+    save_model,
+    tiny_config,
+)
 
 DOWN = "model.layers.0.mlp.experts.down_proj"
 UP = "model.layers.0.mlp.experts.gate_up_proj"
@@ -218,15 +226,63 @@ def test_a_base_of_another_architecture_is_refused_if_it_was_named_and_else_told
     assert not (tmp_path / "out-2").exists()
 
 
-def test_a_base_whose_values_are_not_finite_is_refused(tmp_path: Path) -> None:
-    _, values = release("ceil")
+def broken_bases(folder: Path) -> list[Path]:
+    """Return bases with a value that is not finite: in floating point, in MXFP4, a checkpoint."""
+    stored, values = release("ceil")
     broken = {name: value.clone() for name, value in values.items()}
     broken[DOWN].view(-1)[3] = float("inf")
-    base = save_model(tmp_path / "base", broken)
-    step = save_checkpoint(tmp_path / "run", values, base)
-    with pytest.raises(ConfigError, match=r"base/model\.safetensors: tensor '.*' holds inf"):
-        export(step, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    stored[DOWN + SCALES][1, 0, 0] = 255
+    return [
+        save_model(folder / "plain", broken),
+        save_model(folder / "codes", stored),
+        save_checkpoint(folder / "run-before", broken, None),
+    ]
+
+
+def test_a_base_whose_values_are_not_finite_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, values = release("ceil")
+    step = save_checkpoint(tmp_path / "run", values, None)
+    monkeypatch.setattr(huggingface, "published", None)
+    for number, base in enumerate(broken_bases(tmp_path)):
+        with pytest.raises(ConfigError, match=f"{base.name}.*: tensor '{DOWN}' holds (inf|nan)"):
+            export(step, tmp_path / f"out-{number}", base=base)
+
+
+def test_a_base_that_nobody_named_and_that_is_not_finite_costs_no_export(tmp_path: Path) -> None:
+    _, values = release("ceil")
+    for number, base in enumerate(broken_bases(tmp_path)):
+        step = save_checkpoint(tmp_path / f"run-{number}", values, base)
+        _, report = export(step, tmp_path / f"out-{number}")
+        assert "kept" not in report["all_expert_matrices"] and "base" not in report
+        assert f"{base.name}, holds values now that cannot be weights" in report["notes"][0]
+
+
+def test_a_base_that_is_another_model_than_at_the_start_is_not_compared_with(
+    tmp_path: Path,
+) -> None:
+    stored, values = release("ceil")
+    base = save_model(tmp_path / "base", stored)
+    known = AdapterBase.of(base, 0, tiny_config())
+    began_with = {"hash": known.hash, "sums": known.sums}
+    runs = []
+    for name, recorded in (("run", began_with), ("older", None), ("odd", ["hash"])):
+        runs.append(save_checkpoint(tmp_path / name, values, base, starting_model=recorded))
+    _, report = export(runs[0], tmp_path / "same")
+    assert report["base"]["name"] == "base"
+    shutil.rmtree(base)
+    trained = {name: value.bfloat16() for name, value in moved(values, 0.1).items()}
+    save_model(base, trained)
+    _, report = export(runs[0], tmp_path / "other")
+    assert "base, is another one now than it was then" in report["notes"][0]
+    assert "kept" not in report["all_expert_matrices"] and "base" not in report
+    _, report = export(runs[0], tmp_path / "named", base=base)
+    assert report["base"]["name"] == "base", "who names a base wants that one"
+    _, report = export(runs[1], tmp_path / "unknown")
+    assert report["base"]["name"] == "base", "runs of older versions have recorded nothing"
+    _, report = export(runs[2], tmp_path / "unreadable")
+    assert "base" not in report
 
 
 def test_little_that_is_kept_warns_with_the_cures(tmp_path: Path) -> None:
@@ -333,7 +389,6 @@ def test_a_plain_run_is_exported_by_floor_unless_asked(tmp_path: Path) -> None:
     manifest = read_manifest(save_checkpoint(tmp_path / "run", values, None))
     assert choose_exponent(manifest, None) == ExponentChoice(rule="floor")
     assert choose_exponent(manifest, "least").rule == "least"
-    assert set(EXPONENT_RULES) == set(get_args(ExponentRule))
     assert EXPONENTS == EXPONENT_RULES, "the command line has a copy"
 
 

@@ -15,6 +15,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.cli import main
 from cpt.commands.export import how_to_export
+from cpt.errors import ConfigError
 from cpt.export import huggingface, mxfp4_scoring
 from cpt.export.mxfp4_cost import COST_FILE
 from cpt.export.mxfp4_report import REPORT_FILE
@@ -24,6 +25,7 @@ from cpt.export.survived import survived_by_domain
 from cpt.guard.score import DomainScore, ScoredSet
 from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import SINGLE_FILE, is_expert_matrix
+from cpt.offline import ranks
 from cpt.offline.model import OfflineModel
 from cpt.offline.scored_sets import SetScorer
 from tests.support.mxfp4_exports import (
@@ -38,6 +40,8 @@ from tests.support.mxfp4_exports import (
 
 TEXTS = [held_out_text("japanese", seed=5), held_out_text("english", seed=6)]
 QUANTIZE = {"experts": "mxfp4", "start_step": 2, "exponent": "least"}
+DOWN = "model.layers.0.mlp.experts.down_proj"
+UP = "model.layers.0.mlp.experts.gate_up_proj"
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +153,35 @@ def test_a_run_that_rounded_in_training_is_judged_by_the_rounded_model(tmp_path:
     assert report["exponent"] == "least" and report["warnings"] == []
     for one in report["held_out"]:
         assert one["bits_per_byte_trained"] == one["bits_per_byte_exported"]
+
+
+def test_frozen_experts_are_judged_as_training_computed_with_them(tmp_path: Path) -> None:
+    """Training rounds what it trains; the export rounds frozen matrices, too, and that counts."""
+    stored, values = release("ceil", idle=False)
+    base = save_model(tmp_path / "base", stored)
+    trained = learned(values, 0.05)
+    save_checkpoint(tmp_path / "run", trained, base, QUANTIZE, frozen=[UP])
+    report = exported(tmp_path, tmp_path / "out")
+    computed = {**trained, DOWN: mxfp4.rounded(trained[DOWN], "least")}
+    save_checkpoint(tmp_path / "plain" / "run", computed, base)
+    plain = exported(tmp_path / "plain", tmp_path / "plain-out")
+    for one, other in zip(report["held_out"], plain["held_out"], strict=True):
+        assert one["bits_per_byte_trained"] == other["bits_per_byte_trained"]
+        assert one["bits_per_byte_trained"] != one["bits_per_byte_exported"]
+
+
+def beside_one_that_found_step_9(value: Any, group: Any) -> list[Any]:
+    """Gather from two ranks, of which the other one looks at a newer checkpoint."""
+    return [value, "step-00000009"] if isinstance(value, str) else [value]
+
+
+def test_ranks_that_found_different_checkpoints_score_nothing(
+    small_steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "gather_json", beside_one_that_found_step_9)
+    with pytest.raises(ConfigError, match=r"checkpoints: step-00000004, step-00000009.*--step"):
+        exported(small_steps, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def scores(nats: Any) -> list[DomainScore]:

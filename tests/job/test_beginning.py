@@ -11,7 +11,7 @@ import pytest
 from cpt.checkpoint.run_state import RunState
 from cpt.errors import ConfigError
 from cpt.job import assembly, job
-from cpt.job.assembly import beginning, check_expected_plan
+from cpt.job.assembly import beginning, check_expected_plan, starting_model
 from cpt.job.progress import Progress
 from cpt.job.resumption import RunIdentity, planned_stages
 from data_pipeline.config.mix_config import MixConfig
@@ -97,3 +97,21 @@ def test_plan_of_a_mix_built_after_the_gate_is_that_of_the_run_that_goes_on(
     monkeypatch.setattr(assembly, "check_plan", lambda *_: None)
     check_expected_plan(context_of(tmp_path, NOW), data)
     assert planned[0].progress.step == DONE
+
+
+def test_a_run_keeps_what_its_first_weights_were_known_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "on_first_rank", lambda _, do: do())
+    known = SimpleNamespace(hash="tensors:1", sums=None)
+    monkeypatch.setattr(assembly, "base_of", lambda *_: known)
+    context = context_of(tmp_path, NOW)
+    context.config.model = SimpleNamespace(path=Path("base"))
+    context.config.adapter = SimpleNamespace(is_on=False)
+    recorded = starting_model(context, None)
+    assert recorded == {"hash": "tensors:1", "sums": None}
+    known.hash = "tensors:2"
+    loaded: Any = SimpleNamespace(state=RunState(model_config={}, starting_model=recorded))
+    assert starting_model(context, loaded) == recorded, "whatever lies there now"
+    context.config.model.path = None
+    assert starting_model(context, None) is None

@@ -19,6 +19,7 @@ from cpt.model import recomputation
 from cpt.model.experts import overlap
 from cpt.model.experts.dispatch import label_by_half
 from cpt.model.experts.layer import EXPERT_TENSORS, ExpertParallelMLP
+from cpt.model.products.recipe import EightBit
 from tests.support.expert_adapters import add_adapters, fill_adapters
 from tests.support.threaded_ranks import ThreadedRanks
 
@@ -155,6 +156,27 @@ def test_no_expert_is_idle_and_gradients_are_not_zero(monkeypatch: pytest.Monkey
         for name in EXPERT_TENSORS:
             gradient = found[f"experts.{name}"]
             assert gradient is not None and (gradient.flatten(1) != 0).any(1).all()
+
+
+def test_experts_in_halves_compute_in_the_working_precision_when_they_are_evaluated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = ThreadedRanks(2, monkeypatch)
+
+    @torch.no_grad()
+    def outputs(rank: int) -> list[torch.Tensor]:
+        topology: Any = SimpleNamespace(
+            ep_size=2, ep_rank=rank, ep_group=ranks, traffic=ranks.traffic[rank]
+        )
+        mlp = ExpertParallelMLP(draw_layer(Case()), topology, in_halves=True)
+        hidden = torch.randn(1, 40, MODEL_SIZE, generator=torch.Generator().manual_seed(rank))
+        plain = mlp.eval()(hidden)[0]
+        mlp.experts.eight_bit = EightBit("rows")
+        return [plain, mlp(hidden)[0], mlp.train()(hidden)[0]]
+
+    for plain, evaluated, trained in ranks.run(outputs):
+        assert torch.equal(evaluated, plain)
+        assert not torch.equal(trained, plain), "the products were not rounded in training"
 
 
 def events_of_a_step(monkeypatch: pytest.MonkeyPatch, case: Case) -> list[str]:

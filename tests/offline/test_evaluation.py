@@ -22,7 +22,8 @@ from cpt.errors import ConfigError, DataError, EvaluationFailed
 from cpt.export.huggingface import export_checkpoint
 from cpt.export.tokenizer import save_tokenizer
 from cpt.model.configuration import load_config
-from cpt.offline.evaluation import comparison, harness
+from cpt.offline import ranks
+from cpt.offline.evaluation import harness
 from cpt.offline.evaluation.comparison import evaluate
 from cpt.offline.evaluation.harness import REQUESTS
 from cpt.offline.evaluation.local import local_contents
@@ -183,11 +184,16 @@ def test_a_run_with_an_adapter_is_scored_as_its_merged_export(
     assert read_result(folder / "c.json").scores != merged.scores
 
 
+def beside_one_that_found_step_9(value: Any, group: Any) -> list[Any]:
+    """Gather from two ranks, of which the other one looks at a newer checkpoint."""
+    return [value, "step-00000009"] if isinstance(value, str) else [value]
+
+
 def test_ranks_that_found_different_checkpoints_are_refused(
     models: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tasks(folder, [TEXT_TASK])
-    monkeypatch.setattr(comparison, "gather_json", lambda name, _: [name, "step-00000009"])
+    monkeypatch.setattr(ranks, "gather_json", beside_one_that_found_step_9)
     with pytest.raises(ConfigError, match=r"different checkpoints: good, step-00000009.*--step"):
         evaluate(ExportedModel(models["good"]), folder / "tasks.yaml", folder / "a.json", None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -184,6 +185,14 @@ def test_dry_run_says_what_is_rounded_and_multiplied_in_eight_bits() -> None:
     assert products_text(config, MODEL) == (
         "gate_up_proj, down_proj of layers 1 to 22 (not measured on a GPU)"
     )
+    early = replace(config, train=replace(config.train, stop_at_step=5))
+    late = replace(ROUNDED, start_step=5)
+    early = replace(early, train=replace(early.train, quantize=late))
+    told = rounding_text(early, COUNTS.expert_matrices)
+    assert told.endswith("; this start does no such step, as it ends with train.stop_at_step 5")
+    late = replace(ROUNDED, start_step=4)
+    early = replace(early, train=replace(early.train, quantize=late))
+    assert "stop_at_step" not in rounding_text(early, COUNTS.expert_matrices)
     offloaded = resolved(quantize=ROUNDED, places=HOST)
     text = rounding_text(offloaded, COUNTS.expert_matrices)
     assert text.endswith("9.56 GB between host and device")

@@ -92,6 +92,7 @@ def save_checkpoint(
     base: Path | None,
     quantize: dict[str, Any] | None = None,
     frozen: Collection[str] = (),
+    starting_model: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save a checkpoint of a run.
 
@@ -101,6 +102,7 @@ def save_checkpoint(
         base: What the run started from; None for random weights.
         quantize: The `train.quantize` section, if the experts were rounded.
         frozen: Tensors that the run has not trained.
+        starting_model: What the run says that it started from (`RunState.starting_model`).
     """
     tensors = {}
     records = {}
@@ -114,7 +116,9 @@ def save_checkpoint(
     config["data"] = {"mix": "mix.yaml", "build_dir": None}
     config["guard"] = {"max_documents": 100}
     config["train"] = {"quantize": quantize or {}}
-    state = RunState(model_config=tiny_config().to_dict(), config=config)
+    state = RunState(
+        model_config=tiny_config().to_dict(), config=config, starting_model=starting_model
+    )
     plain = state.to_json()
     if quantize is not None:
         plain["quantize"] = {"exponent": quantize["exponent"]}

@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpt.guard.student import student_quantile
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
 from mxfp4_parts.cells import METHODS, SECOND_RUN
 from mxfp4_parts.releases import ARMS
 
-T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571)
-"""Student's t for 95 %, by degrees of freedom."""
 LEAST_WORTH = 0.0005
 """Bits per byte that the experts must have learned before a share of it is told."""
 
@@ -44,7 +43,7 @@ def interval(values: Sequence[float]) -> Interval:
     count = len(values)
     if count < 2:
         return Interval(mean, math.nan, count)
-    half = T_95[count - 1] * statistics.stdev(values) / math.sqrt(count)
+    half = student_quantile(0.025, count - 1) * statistics.stdev(values) / math.sqrt(count)
     return Interval(mean, half, count)
 
 

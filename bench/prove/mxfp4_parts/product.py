@@ -7,6 +7,8 @@ sums in fp32, and the bf16 in which an export has what is not rounded to MXFP4.
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +18,81 @@ from safetensors.torch import save_file
 
 from cpt.config.precision_sections import ExponentRule
 from cpt.telemetry.metrics import read_events
+from data_pipeline.store.files import write_json
 from mxfp4_parts.cells import finetuning
 from mxfp4_parts.outcome import rate_text
 from mxfp4_parts.scale import Scale
 from mxfp4_parts.texts import DOMAINS, JAPANESE, write_mix
 from mxfp4_parts.training import Weights, model_config
 
+RESULT_FILE = "product.json"
+"""The comparison, in the folder of the proof."""
+SCALE_FILE = "scale.json"
+"""The sizes of a release, beside its weights."""
 AWARE_RULE: ExponentRule = "floor"
 """The rule of the MXFP4-aware run."""
 
 
 def write_release(folder: Path, scale: Scale, weights: Weights) -> Path:
-    """Write a release as a Hugging Face directory in fp32, and return it."""
+    """Write a release as a Hugging Face directory in fp32, and return it.
+
+    A write that was killed leaves nothing of that name.
+
+    Raises:
+        ValueError: the folder holds the release of another scale.
+    """
     out = folder / "release"
-    if not (out / "model.safetensors").exists():
-        config = model_config(scale)
-        config.architectures = ["GptOssForCausalLM"]
-        config.dtype = torch.float32
-        config.save_pretrained(out)
-        save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    if out.exists():
+        file = out / SCALE_FILE
+        _refuse_other_scale(out, json.loads(file.read_text()) if file.exists() else {}, scale)
+        return out
+    unfinished = folder / "release.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    config = model_config(scale)
+    config.architectures = ["GptOssForCausalLM"]
+    config.dtype = torch.float32
+    config.save_pretrained(unfinished)
+    save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+    write_json(unfinished / SCALE_FILE, scale_json(scale), indent=1)
+    unfinished.rename(out)
     return out
+
+
+def finished(folder: Path, scale: Scale) -> dict[str, Any] | None:
+    """Return the comparison of an earlier start; None if there is none.
+
+    Raises:
+        ValueError: it is of another scale.
+    """
+    path = folder / RESULT_FILE
+    if not path.exists():
+        return None
+    comparison: dict[str, Any] = json.loads(path.read_text())
+    _refuse_other_scale(path, comparison.get("scale", {}), scale)
+    return comparison
+
+
+def scale_json(scale: Scale) -> dict[str, Any]:
+    """Return a scale as its JSON reads."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(scale)))
+    return plain
+
+
+def _refuse_other_scale(path: Path, recorded: dict[str, Any], scale: Scale) -> None:
+    now = scale_json(scale)
+    changed = [key for key in now if recorded.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"{path} was made with another scale ({', '.join(changed)} differ). Give another "
+            "--work_dir, or remove it."
+        )
 
 
 def run_product(
     folder: Path, scale: Scale, cell: dict[str, Any], release: Weights
 ) -> dict[str, Any]:
-    """Run a cell through the product's commands, unless that is done, and compare the figures.
+    """Run a cell through the product's commands, compare the figures, and write them.
 
     Args:
         folder: Folder of the proof.
@@ -50,7 +101,8 @@ def run_product(
         release: The weights that it began with.
 
     Returns:
-        By name of a figure: that of the one process, that of the product, and their difference.
+        The scale, and by name of a figure that of the one process, that of the product, and their
+        difference.
     """
     out = folder / "product"
     out.mkdir(exist_ok=True)
@@ -61,7 +113,10 @@ def run_product(
     aware_yaml["train"]["quantize"] = quantize
     aware = launching.train(out / "aware", aware_yaml)
     rules = _score_rules(plain, base, out / "export")
-    return compared(cell, _scores(plain, 0), _scores(plain, -1), _scores(aware, -1), rules)
+    figures = compared(cell, _scores(plain, 0), _scores(plain, -1), _scores(aware, -1), rules)
+    comparison = {**figures, "scale": scale_json(scale)}
+    write_json(folder / RESULT_FILE, comparison, indent=1)
+    return comparison
 
 
 def _run_yaml(folder: Path, scale: Scale, cell: dict[str, Any], base: Path) -> dict[str, Any]:

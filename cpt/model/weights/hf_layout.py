@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,11 @@ def is_expert_name(name: str) -> bool:
 def is_expert_matrix(name: str, shape: Sequence[int]) -> bool:
     """Return whether a tensor holds one matrix per expert, which MXFP4 may stand for."""
     return is_expert_name(name) and len(shape) == 3 and not name.endswith(EXPERT_ADAPTERS)
+
+
+def expert_matrices(shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return the names of all tensors that hold one matrix per expert, in order."""
+    return sorted(name for name, shape in shapes.items() if is_expert_matrix(name, shape))
 
 
 def tensor_files(path: Path) -> dict[str, Path]:

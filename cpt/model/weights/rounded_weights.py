@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
@@ -19,22 +19,31 @@ Shapes = Mapping[str, tuple[int, ...]]
 class RoundedWeights:
     """A source whose expert matrices are rounded to MXFP4 and decoded again."""
 
-    def __init__(self, source: WeightSource, shapes: Shapes, rule: ExponentRule = "floor") -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        shapes: Shapes,
+        rule: ExponentRule = "floor",
+        frozen: Collection[str] = (),
+    ) -> None:
         """Take the weights to round.
 
         Args:
             source: Weights in bf16, the dtype that an export rounds from.
             shapes: Shape of every tensor.
             rule: How the exponent of a block is chosen.
+            frozen: Matrices that stay as they are: training with `train.quantize` does not round
+                what it does not train.
         """
         self._source = source
         self._shapes = shapes
         self._rule = rule
+        self._frozen = frozenset(frozen)
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         """See `cpt.model.weights.source.WeightSource`; ranges of expert matrices hold experts."""
         shape = self._shapes[name]
-        if not is_expert_matrix(name, shape):
+        if name in self._frozen or not is_expert_matrix(name, shape):
             yield from self._source.pieces(name, start, stop)
             return
         expert_numel = math.prod(shape[1:])

@@ -35,7 +35,6 @@ from cpt.offline.pieces import kept_pieces, partial_folder
 from cpt.offline.plain_model import DeviceMap
 from cpt.offline.rank_options import RankOptions
 from cpt.offline.ranks import offline_ranks
-from cpt.parallel.agreement import gather_json
 from cpt.resilience.environment import is_launched
 from cpt.resilience.faults import fault_point
 from data_pipeline.console.say import say
@@ -132,7 +131,7 @@ def _on_ranks(
     config = scored.config()
     weights = scored.weights()
     with offline_ranks(config, partial_folder(out), options) as ranks:
-        _refuse_several(gather_json(scored.path.name, ranks.topology.control_group))
+        ranks.refuse_different(scored.path.name)
         model = OfflineModel(config, ranks.topology)
         identity = {
             "command": "evaluate",
@@ -148,16 +147,3 @@ def _on_ranks(
                 return conclude(scores)
 
             return ranks.on_first(conclude_once)
-
-
-def _refuse_several(names: Sequence[str]) -> None:
-    """Refuse ranks that look at different models, as where a run saves while they start.
-
-    Raises:
-        ConfigError: on all ranks, with the names.
-    """
-    found = sorted(set(names))
-    if len(found) > 1:
-        raise ConfigError(
-            f"the ranks found different checkpoints: {', '.join(found)}. Name one with --step."
-        )
