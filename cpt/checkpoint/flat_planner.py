@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cpt.storage.narrow_moments import Blocks
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatRange:
@@ -22,3 +24,25 @@ class FlatRange:
     """First element in the global tensor."""
     global_numel: int
     """Number of elements of the global tensor."""
+    exponents: torch.Tensor | None = None
+    """Exponents of the blocks of a moment in the form int8, of which `tensor` holds the codes."""
+    signed: bool = False
+    """Whether such a moment has a sign."""
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The values as blocks of 8 bits; None if they are numbers of their own."""
+        if self.exponents is None:
+            return None
+        return Blocks(codes=self.tensor, exponents=self.exponents, signed=self.signed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values as they are held."""
+        return self.tensor.nbytes + (0 if self.exponents is None else self.exponents.nbytes)
+
+    def zero_(self) -> None:
+        """Set all values to zero."""
+        self.tensor.zero_()
+        if self.exponents is not None:
+            self.exponents.zero_()

@@ -26,14 +26,15 @@ from cpt.checkpoint.range_index import read_range_index
 from cpt.checkpoint.reader import (
     candidates,
     check_same_tensors,
+    fill_ranges,
     first_sound,
     list_steps,
-    read_ranges,
     reason_of,
     step_folder,
 )
 from cpt.checkpoint.run_state import RunState
 from cpt.deepspeed_adapter.experts import is_expert
+from cpt.deepspeed_adapter.fragments import global_offset
 from cpt.deepspeed_adapter.partition import full_local_numel, full_local_shape
 from cpt.deepspeed_adapter.shards import (
     local_shards,
@@ -70,15 +71,17 @@ def flat_ranges(engine: Any, topology: Topology) -> dict[str, FlatRange]:
     ranges = {}
     for name, shard in local_shards(engine).items():
         parameter = parameters[name]
-        local_numel = full_local_numel(parameter)
-        global_numel = local_numel
-        offset = shard.offset
+        global_numel = full_local_numel(parameter)
         if is_expert(parameter):
-            global_numel = local_numel * topology.ep_size
-            offset += topology.ep_rank * local_numel
+            global_numel *= topology.ep_size
+        offset = global_offset(parameter, shard.offset, topology.ep_rank)
         for part, tensor in shard.tensors.items():
             ranges[f"{part}/{name}"] = FlatRange(
-                tensor=tensor, offset=offset, global_numel=global_numel
+                tensor=tensor,
+                offset=offset,
+                global_numel=global_numel,
+                exponents=shard.exponents.get(part),
+                signed=part == MOMENTS[0],
             )
     return ranges
 
@@ -154,7 +157,7 @@ def load_checkpoint(
     ranges = _filled_ranges(stored_ranges(engine, topology), manifest.tensors)
     if not state.begins_a_run:  # what was imported has no moments
         _log_freezing(manifest.tensors, wanted)
-    together(group, lambda: read_ranges(folder, read_range_index(folder, manifest), ranges))
+    together(group, lambda: fill_ranges(folder, read_range_index(folder, manifest), ranges))
     set_optimizer_step(engine, step)
     publish_master_weights(engine)
     engine.global_steps = step
@@ -216,7 +219,7 @@ def _filled_ranges(
         if kind in stored[name].parts:
             kept[key] = part
         else:
-            part.tensor.zero_()
+            part.zero_()
     return kept
 
 

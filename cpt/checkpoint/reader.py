@@ -223,6 +223,30 @@ def read_ranges(folder: Path, index: RangeIndex, ranges: dict[str, FlatRange]) -
             raise CheckpointError(f"{where}: {error}") from error
 
 
+def fill_ranges(folder: Path, index: RangeIndex, ranges: dict[str, FlatRange]) -> None:
+    """Fill ranges of any form from a checkpoint, as `read_ranges` does.
+
+    Blocks of 8 bits are made from fp32 values, of which a few million are held at a time. Values
+    that blocks have held before are held exactly; others are rounded to the nearest.
+
+    Raises:
+        CheckpointError: see `read_ranges`.
+    """
+    read_ranges(folder, index, {k: part for k, part in ranges.items() if part.exponents is None})
+    for key, part in ranges.items():
+        blocks = part.blocks
+        if blocks is None:
+            continue
+        for first in range(0, part.tensor.numel(), _READ_NUMEL):
+            numel = min(_READ_NUMEL, part.tensor.numel() - first)
+            values = torch.empty(numel)
+            piece = FlatRange(
+                tensor=values, offset=part.offset + first, global_numel=part.global_numel
+            )
+            read_ranges(folder, index, {key: piece})
+            blocks.narrow(first, numel).fill(values)
+
+
 class _Piece(NamedTuple):
     """Elements that one stored range gives to a range that is asked for."""
 

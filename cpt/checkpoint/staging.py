@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -47,20 +48,24 @@ class Staging:
         """
         copies = {}
         for key, part in ranges.items():
-            buffer = self._buffers.get(key)
-            if buffer is None or buffer.shape != part.tensor.shape:
-                pinned = part.tensor.is_cuda
-                buffer = torch.empty(
-                    part.tensor.shape, dtype=part.tensor.dtype, device="cpu", pin_memory=pinned
-                )
-                self._buffers[key] = buffer
-            buffer.copy_(part.tensor.detach(), non_blocking=True)
-            copies[key] = FlatRange(
-                tensor=buffer, offset=part.offset, global_numel=part.global_numel
-            )
+            exponents = part.exponents
+            if exponents is not None:
+                exponents = self._copied(f"exponents of {key}", exponents)
+            copied = self._copied(key, part.tensor)
+            copies[key] = replace(part, tensor=copied, exponents=exponents)
         if any(part.tensor.is_cuda for part in ranges.values()):
             torch.cuda.current_stream().synchronize()
         return copies
+
+    def _copied(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Begin to copy a tensor to its buffer, and return that."""
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape:
+            buffer = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
+            )
+            self._buffers[key] = buffer
+        return buffer.copy_(tensor.detach(), non_blocking=True)
 
 
 class HostNeed(NamedTuple):
@@ -85,7 +90,7 @@ def agreed_way(wanted: AsyncSave, moving: dict[str, FlatRange], topology: Topolo
     Raises:
         ConfigError: see `choose_way`.
     """
-    own_bytes = sum(part.tensor.nbytes for part in moving.values())
+    own_bytes = sum(part.num_bytes for part in moving.values())
     need = HostNeed(socket.gethostname(), own_bytes, available_bytes())
     gathered = gather_json(need, topology.control_group)
     way, why = choose_way(wanted, [HostNeed(*one) for one in gathered])

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 import xxhash
 
+from cpt.checkpoint.flat_planner import FlatRange
 from cpt.checkpoint.manifest import FileRecord
-from cpt.storage.state_bytes import BF16_BYTES, FP32_BYTES
+from cpt.storage.state_bytes import BF16_BYTES, FP32_BYTES, MOMENT_BLOCK
 
 DEFAULT_BUFFER_BYTES = 64 * 2**20
 _PIECE_NUMEL = 2**22
@@ -59,23 +60,36 @@ class WriteBuffer:
         self._num_bytes = num_bytes
         self._buffer: torch.Tensor | None = None
 
-    def pieces(self, tensor: torch.Tensor) -> Iterator[memoryview]:
-        """Yield the fp32 values of a 1-D tensor in order; each piece is valid until the next."""
-        values = tensor.detach()
+    def pieces(self, part: FlatRange) -> Iterator[memoryview]:
+        """Yield the fp32 values of a range in order; each piece is valid until the next."""
+        values = part.tensor.detach()
         if values.device.type == "cpu" and values.dtype == torch.float32:
             for piece in values.split(_PIECE_NUMEL):
                 yield piece.numpy().data
             return
         buffer = self._buffer_of(values)
-        for piece in values.split(len(buffer)):
-            passing = buffer[: len(piece)]
-            # a copy that changes device and dtype would take memory of the device
-            passing.copy_(piece if piece.dtype == torch.float32 else piece.cpu())
+        for first in range(0, values.numel(), len(buffer)):
+            passing = buffer[: values.numel() - first]
+            _pass(part, first, passing)
             yield passing.numpy().data
 
     def _buffer_of(self, values: torch.Tensor) -> torch.Tensor:
         if self._buffer is None:
             # a piece of the working dtype on a device is in host memory twice for a moment
-            numel = max(1, self._num_bytes // (FP32_BYTES + BF16_BYTES))
+            numel = self._num_bytes // (FP32_BYTES + BF16_BYTES)
+            numel = max(1, numel // MOMENT_BLOCK) * MOMENT_BLOCK
             self._buffer = torch.empty(numel, pin_memory=values.is_cuda)
         return self._buffer
+
+
+def _pass(part: FlatRange, first: int, passing: torch.Tensor) -> None:
+    """Copy the fp32 values of a range from one of its elements on.
+
+    Only what is held travels: a copy that changes device and dtype would take memory of the device.
+    """
+    blocks = part.blocks
+    if blocks is not None:
+        blocks.narrow(first, len(passing)).on_host().decode(passing)
+        return
+    piece = part.tensor.detach()[first : first + len(passing)]
+    passing.copy_(piece if piece.dtype == torch.float32 else piece.cpu())

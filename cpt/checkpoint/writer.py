@@ -112,7 +112,7 @@ def _pass_through(
     for key, part in ranges.items():
         start = sink.num_bytes
         numel = part.tensor.numel()
-        values_offset = write_archive(sink, numel, buffer.pieces(part.tensor))
+        values_offset = write_archive(sink, numel, buffer.pieces(part))
         entries.append(
             WrittenRange(
                 key=key,

@@ -13,6 +13,7 @@ from typing import Any
 from cpt.config.block_parts import block_problems
 from cpt.config.engine_json import OWN_KEYS, REFUSED_KEYS
 from cpt.config.layout import SizeChooser, Wanted, divides, expert_rules, sequence_rules
+from cpt.config.moment_blocks import moment_block_problems
 from cpt.config.offload_blocks import OFFLOADS
 from cpt.config.sections import LaunchInfo, RunConfig, RunYaml
 from cpt.config.window import window_tokens
@@ -186,6 +187,9 @@ class _Resolver:
             self.model,
             zero_stage=self.json["zero_optimization"]["stage"],
             world_size=self.launch.world_size,
+        )
+        self.problems += moment_block_problems(
+            self.run.train.optimizer_state, self.model, world_size=self.launch.world_size
         )
 
     def _check_head_groups(self, sp_size: int) -> None:

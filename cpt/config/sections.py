@@ -15,6 +15,7 @@ import torch
 from cpt.config.adapter_section import AdapterSection
 from cpt.config.guard_section import GuardSection
 from cpt.config.precision_sections import ProductsSection, QuantizeSection
+from cpt.storage.state_bytes import MomentForm
 from data_pipeline.mixture.phases import RateFactor
 
 MAX_STEPS = 10**8
@@ -149,13 +150,17 @@ class TrainSection:
     """Decay rate of Adam's second moment."""
     eps: float = 1e-8
     """Adam's epsilon."""
+    optimizer_state: MomentForm = "fp32"
+    """How each of Adam's two moments of a trained parameter is held in memory: in fp32 it takes 4
+    bytes, in bf16 2, in int8 1 (8 bits in blocks of 64, for matrices but the routers'; what is
+    small stays in fp32). Checkpoints hold fp32, so a resume may change it."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     max_rollbacks: int = 1
     """How often a run may return to a checkpoint because three updates in a row were not finite;
     the next time it ends with exit code 70."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Working precision; master weights and Adam's moments are fp32 in both."""
+    """Working precision; master weights are fp32 in both."""
     seed: int = 1234
     """Seed of the random weights of `model.init`; the order of the data follows the mix's own seed.
     """
@@ -490,6 +495,12 @@ class RunYaml:
                 f"is given, but with adapter.kind: {self.adapter.kind} everything below the "
                 "adapters is frozen. Remove it; adapter.targets and adapter.layers choose what is "
                 "trained.",
+            )
+        if self.train.optimizer_state == "int8":
+            yield (
+                "train.optimizer_state",
+                f"is int8, but with adapter.kind: {self.adapter.kind} only small matrices are "
+                "trained, whose moments take little memory in any form. Give fp32 or bf16.",
             )
         if self.guard.router_lever == "freeze":
             yield (

@@ -75,7 +75,10 @@ def file_bytes(
         for parameter in trained:
             numel = parameter.ds_tensor.numel()
             optimizer_bytes += (FP32_BYTES + gradient_bytes) * numel
-            optimizer_bytes += sum(moment_bytes(form, numel) for form in forms)
+            for form in forms:
+                optimizer_bytes += moment_bytes(form, numel)
+                # an odd number of exponents leaves a gap before a moment in fp32
+                optimizer_bytes += FP32_BYTES if form == "int8" else 0
     parameters: list[Any] = list(model.parameters())
     weight_bytes = sum(parameter.ds_tensor.nbytes for parameter in parameters)
     sizes = {"offload_optimizer": optimizer_bytes, "offload_param": weight_bytes}

@@ -8,19 +8,42 @@ utils/tensor_fragment.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from cpt.storage.state_bytes import MomentForm, moments_of_group
+from cpt.storage.narrow_moments import EXPONENTS
+from cpt.storage.state_bytes import MOMENT_BLOCK, MomentForm, moments_of_group
 
-DTYPES: dict[MomentForm, torch.dtype] = {"fp32": torch.float32}
-"""The dtype of a moment by its form."""
-Zeros = Callable[[int, torch.dtype], torch.Tensor]
-"""Allocates (numel,) of a dtype, filled with zeros."""
+DTYPES: dict[MomentForm, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.uint8,
+}
+"""The dtype of a moment by its form; in the form int8 it holds codes."""
+
+
+class Zeros(Protocol):
+    """Allocates (numel,) of a dtype, filled with zeros."""
+
+    def __call__(self, numel: int, /, *, dtype: torch.dtype) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where this rank's elements of a trained parameter lie."""
+
+    partition: int
+    """Number of the flat partition, in the order of `flat_partitions`."""
+    start: int
+    """First element in the flat partition."""
+    numel: int
+    """Number of elements, without ZeRO padding."""
+    offset: int
+    """First element, counted in the flattened tensor that this rank would hold without ZeRO."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +57,8 @@ class LocalShard:
     The master is fp32, a moment has the dtype of its form. A frozen parameter has only `master`, in
     the working dtype, because there is no other copy.
     """
+    exponents: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By the name of a moment in the form int8: the exponents of its blocks."""
 
 
 def create_optimizer_state(engine: Any, zeros: Zeros | None = None) -> None:
@@ -52,13 +77,30 @@ def create_optimizer_state(engine: Any, zeros: Zeros | None = None) -> None:
             # A fused optimizer hands the step to its kernel, so it lives on the partition's device.
             step_device = flat.device if inner.defaults.get("fused") else "cpu"
             state = {"step": torch.zeros((), device=step_device)}
-            for key, form in moments.items():
-                dtype = DTYPES[form]
-                if zeros is None:
-                    state[key] = torch.zeros_like(flat, dtype=dtype)
-                else:
-                    state[key] = zeros(flat.numel(), dtype)
-            inner.state[flat] = state
+            inner.state[flat] = state | new_moments(flat, moments, zeros)
+
+
+def new_moments(
+    values: torch.Tensor, moments: dict[str, MomentForm], zeros: Zeros | None = None
+) -> dict[str, torch.Tensor]:
+    """Return moments of zero as an optimizer keeps them; blocks have exponents beside them.
+
+    Args:
+        values: A flat partition, or a whole parameter.
+        moments: The moments and their forms.
+        zeros: See `create_optimizer_state`.
+    """
+    if zeros is None:
+        zeros = partial(torch.zeros, device=values.device)
+    numel = values.numel()
+    state = {}
+    for key, form in moments.items():
+        state[key] = zeros(numel, dtype=DTYPES[form])
+        if form == "int8":
+            num_blocks, rest = divmod(numel, MOMENT_BLOCK)
+            assert rest == 0, f"{numel} elements cut blocks of {MOMENT_BLOCK}"
+            state[key + EXPONENTS] = zeros(num_blocks, dtype=DTYPES[form])
+    return state
 
 
 def moments_of_partitions(engine: Any) -> list[dict[str, MomentForm]]:
@@ -149,12 +191,49 @@ def local_shards(engine: Any) -> dict[str, LocalShard]:
 
 
 def _shard_of(engine: Any, parameter: Any) -> LocalShard | None:
-    stage = engine.zero_optimization_stage()
     if not parameter.requires_grad:
-        return _frozen_shard(stage, parameter)
-    if stage == 3:
-        return _shard_of_stage3(engine, parameter)
-    return _shard_of_stage1_or_2(engine, parameter)
+        return _frozen_shard(engine.zero_optimization_stage(), parameter)
+    place = place_of(engine, parameter)
+    if place is None:
+        return None
+    flat = flat_partitions(engine)[place.partition]
+    # The link that DeepSpeed makes from a parameter to its moments does not serve here: it is made
+    # after the first group's first step and lacks the state of the other groups.
+    state = engine.optimizer.optimizer.state[flat]
+    tensors = {"master": flat.narrow(0, place.start, place.numel)}
+    exponents = {}
+    for key, moment in moment_tensors(state).items():
+        if key.endswith(EXPONENTS):
+            first = place.start // MOMENT_BLOCK
+            num_blocks = place.numel // MOMENT_BLOCK
+            exponents[key.removesuffix(EXPONENTS)] = moment.narrow(0, first, num_blocks)
+        else:
+            tensors[key] = moment.narrow(0, place.start, place.numel)
+    return LocalShard(offset=place.offset, tensors=tensors, exponents=exponents)
+
+
+def place_of(engine: Any, parameter: Any) -> Place | None:
+    """Return where this rank's elements of a trained parameter lie; None if it has none."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() != 3:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        where = mapping.hp_fragment_address
+        return Place(
+            partition=mapping.param_group_index,
+            start=where.start,
+            numel=where.numel,
+            offset=mapping.lp_fragment_address.start,
+        )
+    offset, real = _partition_of_stage3(parameter)
+    if real == 0:
+        return None
+    index, start, numel = zero.grad_position[zero.get_param_id(parameter)]
+    assert numel == parameter.ds_tensor.ds_numel, (
+        "ZeRO-3 partition geometry is not the one this file was written for"
+    )
+    return Place(partition=index, start=start, numel=real, offset=offset)
 
 
 def _partition_of_stage3(parameter: Any) -> tuple[int, int]:
@@ -181,40 +260,6 @@ def _frozen_shard(stage: int, parameter: Any) -> LocalShard | None:
     return LocalShard(offset=offset, tensors={"master": parameter.ds_tensor.data.view(-1)[:real]})
 
 
-def _shard_of_stage3(engine: Any, parameter: Any) -> LocalShard | None:
-    zero = engine.optimizer
-    partition_numel = parameter.ds_tensor.ds_numel
-    offset, real = _partition_of_stage3(parameter)
-    if real == 0:
-        return None
-    index, start, numel = zero.grad_position[zero.get_param_id(parameter)]
-    flat = zero.fp32_partitioned_groups_flat[index]
-    assert numel == partition_numel, (
-        "ZeRO-3 partition geometry is not the one this file was written for"
-    )
-    state = zero.optimizer.state[flat]
-    tensors = {"master": flat.narrow(0, start, real)}
-    for key, moment in moment_tensors(state).items():
-        tensors[key] = moment.narrow(0, start, real)
-    return LocalShard(offset=offset, tensors=tensors)
-
-
-def _shard_of_stage1_or_2(engine: Any, parameter: Any) -> LocalShard | None:
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return None
-    zero = engine.optimizer
-    where = mapping.hp_fragment_address
-    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-    # mapping.optim_fragment does not serve here: it is linked after the first group's first step
-    # and lacks the state of the other groups.
-    state = zero.optimizer.state[flat]
-    tensors = {"master": flat.narrow(0, where.start, where.numel)}
-    for key, moment in moment_tensors(state).items():
-        tensors[key] = moment.narrow(0, where.start, where.numel)
-    return LocalShard(offset=mapping.lp_fragment_address.start, tensors=tensors)
-
-
 def publish_master_weights(engine: Any) -> None:
     """Bring the working weights in line with the fp32 master shards after these were written."""
     zero = engine.optimizer
@@ -228,7 +273,7 @@ def publish_master_weights(engine: Any) -> None:
     if zero.persistent_parameters:
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
     for parameter in engine.module.parameters():
-        shard = _shard_of_stage3(engine, parameter) if parameter.requires_grad else None
+        shard = _shard_of(engine, parameter) if parameter.requires_grad else None
         if shard is not None:
             master = shard.tensors["master"]
             parameter.ds_tensor.data.view(-1)[: master.numel()].copy_(master)

@@ -17,7 +17,7 @@ from cpt.planning.memory import (
     counts_of,
     device_memory,
     offloads,
-    state_bytes,
+    optimizer_state,
     trained_per_rank,
     update_groups,
 )
@@ -45,7 +45,7 @@ def host_memory(
     zero = config.engine_json["zero_optimization"]
     parts: dict[str, int] = {}
     if zero.get("offload_optimizer", {}).get("device") == place:
-        parts["optimizer"] = state_bytes(config, trained)
+        parts["optimizer"] = optimizer_state(config, counts)
         parts["gradients"] = host_gradient_bytes(config.engine_json) * trained
     if zero.get("offload_param", {}).get("device") == place:
         parts["weights"] = config.itemsize * ((counts.dense + counts.experts) // config.world_size)

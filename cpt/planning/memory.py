@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig, RunYaml
@@ -32,6 +33,7 @@ from cpt.storage.state_bytes import (
     device_gradient_bytes,
     optimizer_bytes,
 )
+from cpt.training.narrow_adamw import CHUNK_BYTES, chunk_numel
 
 GIB = 2**30
 STEP_PARTS = ("gathered weights", "weight gradients", "activations", "logits", "update")
@@ -66,6 +68,8 @@ class ParameterCounts:
     """Those of `dense` that are not frozen."""
     trained_experts: int
     """Those of `experts` that are not frozen."""
+    routers: int
+    """Weights of the routers' matrices among `trained_dense`."""
     dense_matrices: tuple[int, ...]
     """The sizes of the matrices among `trained_dense`, in the model's order."""
     expert_matrices: tuple[int, ...]
@@ -94,7 +98,7 @@ def count_parameters(
     adapter = adapter or AdapterSection()
     packed, shapes = _split_packed(model, adapter)
     trained = _trained_names(freeze, adapter, shapes)
-    sums = {"dense": 0, "experts": 0, "trained_dense": 0, "trained_experts": 0}
+    sums = {"dense": 0, "experts": 0, "trained_dense": 0, "trained_experts": 0, "routers": 0}
     matrices: dict[str, list[int]] = {"dense": [], "experts": []}
     for name, shape in shapes.items():
         kind = "experts" if is_expert_name(name) else "dense"
@@ -104,6 +108,7 @@ def count_parameters(
             sums[f"trained_{kind}"] += numel
             if not name.endswith(SMALL) and "norm" not in name:
                 matrices[kind].append(numel)
+                sums["routers"] += numel if ".mlp.router." in name else 0
     return ParameterCounts(
         **sums,
         dense_matrices=tuple(matrices["dense"]),
@@ -162,7 +167,8 @@ def device_memory(
         if config.train.products.is_on and name in moments:
             operands = operands_memory(config, model, sizes.tokens, name, device_type)
             moments[name][OPERANDS] = operands
-    moments["update"] = {"gradients": gradients, "update": _device_update(config, counts, sizes)}
+    update = _device_update(config, counts, sizes, device_type)
+    moments["update"] = {"gradients": gradients, "update": update}
     rounding = rounding_memory(config, model, device_type)
     if rounding:
         rounding += mask_bytes(sizes, backward=True)
@@ -202,7 +208,17 @@ def _device_gradients(config: RunConfig, counts: ParameterCounts) -> int:
 def _device_optimizer(config: RunConfig, counts: ParameterCounts) -> int:
     if offloads(config, "optimizer"):
         return 0
-    return state_bytes(config, trained_per_rank(config, counts))
+    return optimizer_state(config, counts)
+
+
+def optimizer_state(config: RunConfig, counts: ParameterCounts) -> int:
+    """Return the bytes of master weights and moments of one rank, wherever they lie."""
+    trained = trained_per_rank(config, counts)
+    if config.train.optimizer_state != "int8":
+        return state_bytes(config, trained)
+    matrices = sum(counts.dense_matrices) - counts.routers + sum(counts.expert_matrices)
+    in_blocks = matrices // config.world_size
+    return state_bytes(config, in_blocks) + optimizer_bytes(trained - in_blocks)
 
 
 def _gradients_begin_anew(config: RunConfig) -> bool:
@@ -222,10 +238,13 @@ def _reduce_buffers(config: RunConfig) -> int:
     return buffers * config.itemsize * size
 
 
-def _device_update(config: RunConfig, counts: ParameterCounts, sizes: StepSizes) -> int:
+def _device_update(
+    config: RunConfig, counts: ParameterCounts, sizes: StepSizes, device_type: str
+) -> int:
     """Return what the update takes; the other tensors of the step are gone by then.
 
-    ZeRO joins the gradients of each group of parameters in one fp32 copy.
+    ZeRO joins the gradients of each group of parameters in one fp32 copy. Moments in fewer bytes
+    are updated in fp32 copies of a chunk.
     """
     if offloads(config, "optimizer"):
         return 0
@@ -235,7 +254,9 @@ def _device_update(config: RunConfig, counts: ParameterCounts, sizes: StepSizes)
         # a single gradient is taken as it is
         if len(group) > 1:
             largest = max(largest, sum(group))
-    return FP32_BYTES * largest + masks
+    chunk = min(chunk_numel(torch.device(device_type)), trained_per_rank(config, counts))
+    copies = CHUNK_BYTES[config.train.optimizer_state] * chunk
+    return FP32_BYTES * largest + copies + masks
 
 
 def update_groups(config: RunConfig, counts: ParameterCounts) -> list[list[int]]:
@@ -284,8 +305,8 @@ def trained_per_rank(config: RunConfig, counts: ParameterCounts) -> int:
 
 
 def state_bytes(config: RunConfig, numel: int) -> int:
-    """Return the bytes of master weights and moments of trained parameters in memory."""
-    return optimizer_bytes(numel)
+    """Return the bytes of master weights and moments of parameters of matrices in memory."""
+    return optimizer_bytes(numel, config.train.optimizer_state)
 
 
 def offloads(config: RunConfig, what: str) -> bool:

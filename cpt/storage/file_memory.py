@@ -47,10 +47,13 @@ class FileMemory:
             ) from error
 
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the next piece: (numel,), zero as fresh files are. It keeps the file alive."""
+        """Return the next piece: (numel,), zero as fresh files are. It keeps the file alive.
+
+        Pieces follow each other but for the bytes to the next multiple of the dtype's size.
+        """
         size = numel * dtype.itemsize
-        start = self._used_bytes
-        self._used_bytes += size
+        start = -(-self._used_bytes // dtype.itemsize) * dtype.itemsize
+        self._used_bytes = start + size
         assert self._used_bytes <= self._num_bytes, (
             f"{self._used_bytes} of {self._num_bytes} bytes in {self._folder}"
         )

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from cpt.config import RunConfig
 from cpt.deepspeed_adapter.engine import initialize
 from cpt.deepspeed_adapter.experts import is_expert
+from cpt.deepspeed_adapter.fragments import fragments_of
 from cpt.deepspeed_adapter.gradients import apply_update, discard_gradients, squared_gradient_norm
 from cpt.errors import InternalError
 from cpt.model.attention import Attention
@@ -53,6 +54,7 @@ from cpt.resilience.phase import PhaseClock
 from cpt.storage.transfer import to_device
 from cpt.training.activation_checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch, send
+from cpt.training.narrow_adamw import NarrowAdamW
 from cpt.training.optimizer import ROUTER_GROUPS, create_optimizer, reserve_files
 from cpt.training.rounding import ExpertRounding
 
@@ -222,6 +224,8 @@ class TrainingEngine:
         optimizer = create_optimizer(model, config.train, separate_routers=separate_routers)
         files = reserve_files(model, optimizer, config, topology)
         self.deepspeed = initialize(model, optimizer, config.engine_json, files)
+        if isinstance(optimizer, NarrowAdamW):
+            optimizer.place(fragments_of(self.deepspeed, topology.ep_rank))
         self._save_wait_seconds = 0.0
         self.rounding = ExpertRounding(
             config.train.quantize, self.deepspeed, topology.device, clock

@@ -15,9 +15,13 @@ from cpt.model.experts.router_watch import router_parameters
 from cpt.parallel.agreement import together
 from cpt.parallel.topology import Topology
 from cpt.storage.file_memory import FileMemory
+from cpt.storage.state_bytes import MOMENTS, MOMENTS_KEY, MomentForm
+from cpt.training.narrow_adamw import NarrowAdamW
 
 log = logging.getLogger("cpt.training")
 
+DECAYED_GROUP = "decay"
+"""Name of the group of the matrices."""
 ROUTER_GROUPS = ("routers", "routers_no_decay")
 """Names of the groups of the routers, if they are separate so that their rate can be 0."""
 
@@ -52,7 +56,7 @@ def parameter_groups(
         else:
             (decayed_of_routers if is_separate else decayed).append(parameter)
     groups = [
-        {"name": "decay", "params": decayed, "weight_decay": weight_decay},
+        {"name": DECAYED_GROUP, "params": decayed, "weight_decay": weight_decay},
         {"name": "no_decay", "params": kept, "weight_decay": 0.0},
     ]
     if separate_routers:
@@ -60,6 +64,19 @@ def parameter_groups(
         groups.append({"name": decay, "params": decayed_of_routers, "weight_decay": weight_decay})
         groups.append({"name": no_decay, "params": kept_of_routers, "weight_decay": 0.0})
     return groups
+
+
+def form_in_group(group: str, form: MomentForm) -> MomentForm:
+    """Return the form of the moments of a parameter group.
+
+    Args:
+        group: The name of the group, one of those of `parameter_groups`.
+        form: `train.optimizer_state`. In blocks are the moments of matrices but the routers': what
+            is small saves little, and a router decides for all that comes after it.
+    """
+    if form == "int8" and group != DECAYED_GROUP:
+        return "fp32"
+    return form
 
 
 def create_optimizer(
@@ -70,9 +87,16 @@ def create_optimizer(
     torch's own kernel also serves offloaded state: on a host it is as fast as DeepSpeed's, and
     nothing has to be compiled.
     """
+    form = train.optimizer_state
+    separate_routers = separate_routers or form == "int8"
     all_groups = parameter_groups(model, train.weight_decay, separate_routers=separate_routers)
-    groups = separate_experts(all_groups)
     betas = (train.beta1, train.beta2)
+    if form != "fp32":
+        for group in all_groups:
+            group[MOMENTS_KEY] = dict.fromkeys(MOMENTS, form_in_group(group["name"], form))
+        groups = separate_experts(all_groups)
+        return NarrowAdamW(groups, lr=train.lr, betas=betas, eps=train.eps, seed=train.seed)
+    groups = separate_experts(all_groups)
     return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.eps, fused=True)
 
 

@@ -128,6 +128,8 @@ class Scenario:
     """The `train.products` section."""
     weight_decay: float = SETTINGS["weight_decay"]
     """`train.weight_decay`."""
+    optimizer_state: str = "fp32"
+    """`train.optimizer_state`."""
 
     @property
     def name(self) -> str:
@@ -184,6 +186,8 @@ class Scenario:
             parts.append("fp8")
             parts += [key for key, value in self.products.items() if value == "fp8"]
             parts.append(self.products.get("scaling", ""))
+        if self.optimizer_state != "fp32":
+            parts.append(f"state-{self.optimizer_state}")
         return "-".join(parts)
 
     def dump(self) -> str:

@@ -44,9 +44,12 @@ from tests.dist.cases import (
 )
 from tests.dist.worker import config_of
 from tests.support.launcher import ROOT, launch
+from tests.support.narrow_reference import round_moments
 
 pytestmark = pytest.mark.dist
 
+TRAIN_SEED = 1234
+"""The default of `train.seed`."""
 WORKER = ROOT / "tests" / "dist" / "worker.py"
 LAYOUTS = [
     (1, 1, 1, 3),
@@ -121,7 +124,12 @@ class Reference:
     """Losses, gradient norms and Adam's first moments of the single process."""
 
     def __init__(
-        self, folder: Path, *, frozen: tuple[str, ...] = (), num_steps: int = STEPS
+        self,
+        folder: Path,
+        *,
+        frozen: tuple[str, ...] = (),
+        num_steps: int = STEPS,
+        moment_form: str = "fp32",
     ) -> None:
         torch.set_num_threads(1)  # the other pytest worker needs the other core
         model = reference_model()
@@ -142,12 +150,16 @@ class Reference:
             loss, by_source = backward_of_step(model, step)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
             optimizer.step()
+            if moment_form != "fp32":
+                trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+                round_moments(optimizer, trained, moment_form, seed=TRAIN_SEED, step=step + 1)
             self.losses.append(loss)
             self.nll_by_source.append(by_source)
             self.norms.append(float(norm))
             if step == 0:
-                self.first_moments = first_moments(model, optimizer)
+                self.first_moments = moments_of(model, optimizer, "exp_avg")
         self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.moments = {key: moments_of(model, optimizer, key) for key in PARTS[1:]}
 
 
 def backward_of_step(model: torch.nn.Module, step: int) -> tuple[float, list[float]]:
@@ -167,14 +179,14 @@ def backward_of_step(model: torch.nn.Module, step: int) -> tuple[float, list[flo
     return total / tokens, by_source
 
 
-def first_moments(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+def moments_of(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, key: str
 ) -> dict[str, torch.Tensor]:
-    """Return Adam's first moment of every trained parameter."""
+    """Return one of Adam's moments of every trained parameter."""
     moments = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            moments[name] = optimizer.state[parameter]["exp_avg"].clone()
+            moments[name] = optimizer.state[parameter][key].clone()
     return moments
 
 

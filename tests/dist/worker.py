@@ -103,6 +103,7 @@ def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
         "products": scenario.products,
         **SETTINGS,
         "weight_decay": scenario.weight_decay,
+        "optimizer_state": scenario.optimizer_state,
     }
     if scenario.quantize:
         train["quantize"] = {"experts": "mxfp4", **scenario.quantize}

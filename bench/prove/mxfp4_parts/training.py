@@ -32,6 +32,7 @@ from cpt.model.weights.random_init import RandomWeights
 from cpt.model.weights.source import fill_model
 from cpt.parallel.topology import Topology
 from cpt.training.loader import MicroBatch, make_micro_batch
+from cpt.training.narrow_adamw import NarrowAdamW
 from cpt.training.optimizer import create_optimizer
 from cpt.training.schedule import learning_rate
 from data_pipeline.config.mix_config import MixConfig
@@ -169,6 +170,9 @@ class Trainer:
         """
         self._take(state.weights)
         optimizer = create_optimizer(self._model, section)
+        if isinstance(optimizer, NarrowAdamW):
+            assert not state.optimizer, "moments in fewer bytes are not read from a state"
+            optimizer.place_whole(dict(self._model.named_parameters()))
         if state.optimizer:
             optimizer.load_state_dict(copy.deepcopy(state.optimizer))
         masters = _Masters(self._model, rule)
