@@ -33,7 +33,7 @@ class Zeros(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class ShardPlace:
     """Where this rank's elements of a trained parameter lie."""
 
     partition: int
@@ -212,7 +212,7 @@ def _shard_of(engine: Any, parameter: Any) -> LocalShard | None:
     return LocalShard(offset=place.offset, tensors=tensors, exponents=exponents)
 
 
-def place_of(engine: Any, parameter: Any) -> Place | None:
+def place_of(engine: Any, parameter: Any) -> ShardPlace | None:
     """Return where this rank's elements of a trained parameter lie; None if it has none."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() != 3:
@@ -220,7 +220,7 @@ def place_of(engine: Any, parameter: Any) -> Place | None:
         if mapping is None:
             return None
         where = mapping.hp_fragment_address
-        return Place(
+        return ShardPlace(
             partition=mapping.param_group_index,
             start=where.start,
             numel=where.numel,
@@ -233,7 +233,7 @@ def place_of(engine: Any, parameter: Any) -> Place | None:
     assert numel == parameter.ds_tensor.ds_numel, (
         "ZeRO-3 partition geometry is not the one this file was written for"
     )
-    return Place(partition=index, start=start, numel=real, offset=offset)
+    return ShardPlace(partition=index, start=start, numel=real, offset=offset)
 
 
 def _partition_of_stage3(parameter: Any) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cpt.checkpoint.archives import values_offset, write_archive
+from cpt.checkpoint.flat_planner import FlatRange
 from cpt.checkpoint.write_buffer import HashedFile, WriteBuffer
 from cpt.errors import CheckpointError
 
@@ -96,7 +97,8 @@ def test_changed_archive_gives_values_inside_it_or_is_refused(
 def written_archive(path: Path, values: torch.Tensor) -> int:
     """Write an archive into a file, and return where its values are."""
     with open(path, "wb", buffering=0) as file:
-        return write_archive(HashedFile(file), values.numel(), WriteBuffer().pieces(values))
+        part = FlatRange(tensor=values, offset=0, global_numel=values.numel())
+        return write_archive(HashedFile(file), values.numel(), WriteBuffer().pieces(part))
 
 
 @pytest.mark.parametrize("numel", [1, 255, 256, 65_536, 100_000])

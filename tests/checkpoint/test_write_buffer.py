@@ -12,19 +12,41 @@ from cpt.checkpoint.manifest import record_file
 from cpt.checkpoint.write_buffer import HashedFile, WriteBuffer
 from cpt.checkpoint.writer import would_write, write_ranges
 from cpt.job.step_event import peak_resident_bytes
+from cpt.storage.narrow_moments import Blocks
+from cpt.storage.state_bytes import MOMENT_BLOCK
+
+
+def whole(values: torch.Tensor) -> FlatRange:
+    return FlatRange(tensor=values, offset=0, global_numel=len(values))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("buffer_bytes", [1, 60, 6000])
 def test_pieces_are_the_fp32_values_in_order(dtype: torch.dtype, buffer_bytes: int) -> None:
     values = torch.randn(1000).to(dtype)[3:703]
-    passed = b"".join(bytes(piece) for piece in WriteBuffer(buffer_bytes).pieces(values))
+    passed = b"".join(bytes(piece) for piece in WriteBuffer(buffer_bytes).pieces(whole(values)))
     assert torch.equal(torch.frombuffer(bytearray(passed), dtype=torch.float32), values.float())
+
+
+@pytest.mark.parametrize("buffer_bytes", [1, 6000])
+@pytest.mark.parametrize("signed", [True, False])
+def test_pieces_of_8_bit_blocks_are_what_they_stand_for(buffer_bytes: int, *, signed: bool) -> None:
+    codes = torch.zeros(30 * MOMENT_BLOCK, dtype=torch.uint8)
+    exponents = torch.zeros(30, dtype=torch.uint8)
+    blocks = Blocks(codes=codes, exponents=exponents, signed=signed)
+    blocks.fill(torch.randn(len(codes)).abs())
+    expected = torch.empty(len(codes))
+    blocks.decode(expected)
+    part = FlatRange(
+        tensor=codes, offset=0, global_numel=len(codes), exponents=exponents, signed=signed
+    )
+    passed = b"".join(bytes(piece) for piece in WriteBuffer(buffer_bytes).pieces(part))
+    assert torch.equal(torch.frombuffer(bytearray(passed), dtype=torch.float32), expected)
 
 
 def test_fp32_values_in_host_memory_are_not_copied() -> None:
     values = torch.randn(1000)
-    pieces = list(WriteBuffer().pieces(values[10:]))
+    pieces = list(WriteBuffer().pieces(whole(values[10:])))
     values[500] = 7.0
     assert 7.0 in torch.frombuffer(pieces[0], dtype=torch.float32).tolist()
 

@@ -13,7 +13,8 @@ from cpt.config.moment_blocks import matrix_sizes, moment_block_problems
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
-from cpt.planning.memory import count_parameters, device_memory, host_memory
+from cpt.planning.host_memory import host_memory
+from cpt.planning.memory import count_parameters, device_memory
 from cpt.storage.state_bytes import MOMENT_BLOCK
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from tests.support.narrow_reference import has_blocks
