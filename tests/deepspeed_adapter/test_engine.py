@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -19,9 +20,9 @@ def test_the_clock_that_waits_for_the_device_in_every_micro_step_is_off(
 ) -> None:
     given: list[dict[str, Any]] = []
 
-    def record(*, config: dict[str, Any], **_: Any) -> tuple[None, None]:
+    def record(*, config: dict[str, Any], **_: Any) -> tuple[Any, None]:
         given.append(config)
-        return None, None
+        return SimpleNamespace(), None
 
     monkeypatch.setattr(deepspeed, "initialize", record)
     engine_json = {"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}

@@ -10,6 +10,7 @@ import torch
 
 from cpt.deepspeed_adapter import gradients
 from cpt.deepspeed_adapter.gradients import apply_update, joined, squared_gradient_norm
+from cpt.deepspeed_adapter.state_reading import StateReading
 from cpt.errors import InternalError
 
 
@@ -94,6 +95,7 @@ class Engine:
 
     def __init__(self, *, applies: bool = True) -> None:
         self.optimizer = Zero()
+        self.state_reading = StateReading()
         self.clipped_by: list[float] = []
         self._applies = applies
 

@@ -134,7 +134,9 @@ def test_crash_while_an_old_checkpoint_is_deleted(workplace) -> None:
 )
 def test_kill_during_an_asynchronous_save(workplace, undisturbed, way, fault) -> None:
     name = f"c14-{fault.replace(':', '-')}-{len(way[1])}"
-    code, run = run_to_end(workplace, name, *way, fault=f"save_write:1:2:sleep=0,{fault}")
+    # step 2 is read so late that step 3 would have changed it, did its update not wait
+    late = "save_copy:1:2:sleep=3" if way == ASYNC else "save_write:1:2:sleep=3"
+    code, run = run_to_end(workplace, name, *way, fault=f"{late},{fault}")
     published = list_steps(run.run_dir)
     assert code != 0 and 4 not in published and published in ([2], []), run.output
     check_rerun(workplace, run, undisturbed, published[0] if published else 0, *way)

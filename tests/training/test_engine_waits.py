@@ -5,6 +5,7 @@ On a CPU nothing has to be waited for, so the calls are counted that would wait 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpt.config.precision_sections import QuantizeSection
+from cpt.deepspeed_adapter.state_reading import StateReading
 from cpt.model.experts.router_watch import RouterWatch
 from cpt.parallel.traffic import Traffic
 from cpt.resilience.phase import PhaseClock
@@ -61,6 +63,7 @@ class StandIn:
 
     def __init__(self, watch: RouterWatch) -> None:
         self.weight = torch.randn(20, EXPERTS, requires_grad=True)
+        self.state_reading = StateReading()
         self.watch = watch
         self.optimizer = self
         self.offload_optimizer = False
@@ -129,6 +132,7 @@ def make_engine(topology: Any) -> Any:
     engine._positions = MICRO_STEPS * 2 * SEQ_LEN
     engine._has_targets = False
     engine._kl_weight = 0.0
+    engine._save_wait_seconds = 0.0
     return engine
 
 
@@ -182,3 +186,45 @@ def expected_nats(engine: Any, batches: list[MicroBatch]) -> list[float]:
         for source, losses_S in zip(batch.source_of_row.tolist(), losses_BS, strict=True):
             nats[source] += float(losses_S.double().sum())
     return nats
+
+
+def test_update_waits_for_a_save_that_still_reads_and_backward_does_not(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    order: list[str] = []
+    with one_process(tmp_path) as topology:
+        engine = make_engine(topology)
+        reading = engine.deepspeed.state_reading
+        batches = micro_batches(topology)
+
+        def read_in_the_background() -> None:
+            order.append("read")
+            reading.end()
+
+        def watched() -> Iterator[MicroBatch]:
+            yield from batches
+            order.append("backward")
+            threading.Timer(0.1, read_in_the_background).start()
+
+        def update() -> None:
+            if "backward" in order:  # before, it only counts micro steps
+                order.append("update")
+
+        monkeypatch.setattr(engine.deepspeed, "step", update)
+        reading.begin()
+        engine.step(watched(), [5, 7], step=1)
+    assert order == ["backward", "read", "update"]
+    assert engine.take_save_wait() > 0.05 and engine.take_save_wait() == 0.0
+    assert not reading.is_open
+
+
+def test_step_without_an_update_does_not_wait_for_a_save(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    with one_process(tmp_path) as topology:
+        engine = make_engine(topology)
+        engine.deepspeed.weight.data[:, 0] = float("nan")
+        engine.deepspeed.state_reading.begin()  # and nobody ends it
+        engine.deepspeed.was_step_applied = lambda: False
+        result = engine.step(micro_batches(topology), [5, 7], step=1)
+    assert not result.applied and engine.deepspeed.state_reading.is_open

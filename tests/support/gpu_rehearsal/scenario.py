@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
+from cpt.deepspeed_adapter.state_reading import StateReading
 from cpt.guard.score import ScoredSet, score_domain
 from cpt.model import gpt_oss
 from cpt.model.adapters.attach import attach_adapters
@@ -71,6 +72,7 @@ class StandInDeepSpeed:
 
     def __init__(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
         self.module = model
+        self.state_reading = StateReading()
         flat = torch.empty(GRADIENT_ELEMENTS, device="cuda")
         self.optimizer = SimpleNamespace(
             averaged_gradients={0: list(flat.chunk(4))},
