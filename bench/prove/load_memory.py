@@ -1,9 +1,10 @@
-"""Prove that loading a released (MXFP4) directory on 4 ranks with EP 4 stays within its bound.
+"""Prove that loading a directory of weights on 4 ranks with EP 4 stays within its bound.
 
-    python bench/prove/load_memory.py
+    python bench/prove/load_memory.py [--format mxfp4] [--offload] [--layers 8]
 
-It takes about two minutes, 15 GB of memory and 0.5 GB of disk, and ends with 1 if the peak host
-memory of a rank is above the bound.
+It takes about two minutes, with 8 layers 15 GB of memory and 0.5 GB of disk (2 GB in bf16), and
+ends with 1 if the peak host memory of a rank is above the bound.  `--offload` keeps optimizer
+state and weights on the host, as the recipes do that fill the memory of a node.
 
 The bound is what the rank keeps (working weights, fp32 master weights, Adam moments, gradient
 buffer) plus twice its part of the largest layer.  Peaks are VmHWM.  It is reset after a tiny engine
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -44,8 +46,8 @@ MODEL = {
 }
 
 
-def write_fixture(path: Path) -> int:
-    """Write a directory in the released layout, with one file per layer.
+def write_fixture(path: Path, options: argparse.Namespace) -> int:
+    """Write a directory in the released layout or in bf16, with one file per layer.
 
     Returns:
         Bytes of its decoded experts in bf16.
@@ -56,10 +58,13 @@ def write_fixture(path: Path) -> int:
     from cpt.model.parameters import parameter_shapes
     from cpt.model.weights.hf_layout import is_expert_matrix
 
-    config = GptOssConfig(**{**PRESETS["tiny"], **MODEL})
+    shape = {**PRESETS["tiny"], **MODEL, "num_hidden_layers": options.layers}
+    shape["layer_types"] = ["sliding_attention", "full_attention"] * (options.layers // 2)
+    config = GptOssConfig(**shape)
     config.save_pretrained(str(path))
     values = json.loads((path / "config.json").read_text())
-    values["quantization_config"] = {"quant_method": "mxfp4"}
+    if options.format == "mxfp4":
+        values["quantization_config"] = {"quant_method": "mxfp4"}
     (path / "config.json").write_text(json.dumps(values))
     files: dict[str, dict[str, torch.Tensor]] = {}
     decoded_bytes = 0
@@ -67,7 +72,10 @@ def write_fixture(path: Path) -> int:
     for name, shape in parameter_shapes(config).items():
         layer = name.split(".")[2] if ".layers." in name else "x"
         tensors = files.setdefault(f"model-{layer}.safetensors", {})
-        if is_expert_matrix(name, shape):
+        is_matrix = is_expert_matrix(name, shape)
+        if is_matrix:
+            decoded_bytes += 2 * math.prod(shape)
+        if is_matrix and options.format == "mxfp4":
             experts, inputs, rows = shape
             blocks = (experts, rows, inputs // 32, 16)
             tensors[name + "_blocks"] = torch.randint(
@@ -76,7 +84,6 @@ def write_fixture(path: Path) -> int:
             tensors[name + "_scales"] = torch.randint(
                 116, 124, blocks[:3], dtype=torch.uint8, generator=generator
             )
-            decoded_bytes += 2 * experts * inputs * rows
         else:
             tensors[name] = (torch.randn(shape, generator=generator) * 0.02).bfloat16()
     weight_map = {}
@@ -97,26 +104,32 @@ def status_bytes(key: str) -> int:
 
 
 def kept_bytes(engine: object) -> int:
-    """Return the bytes of all tensors that the engine keeps for this rank."""
-    zero = engine.optimizer  # type: ignore[attr-defined]
-    parts = [zero.grad_partitions_flat_buffer, zero.lp_param_buffer]
-    for flat in zero.fp32_partitioned_groups_flat:
-        parts.append(flat)
-        for value in zero.optimizer.state[flat].values():
-            if value.dim():
-                parts.append(value)
-    return sum(part.numel() * part.element_size() for part in parts)
+    """Return the bytes of all memory that the engine keeps for this rank between steps."""
+    from cpt.deepspeed_adapter.shards import create_optimizer_state, state_tensors
+
+    create_optimizer_state(engine)
+    sizes = {}
+    for tensors in state_tensors(engine).values():
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
-def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
+def build(
+    run_yaml: str, model_config: Any, topology: Any, *, offload: bool = False
+) -> tuple[Any, Any]:
     """Return an engine of ZeRO-3 and EP, filled as a run fills it, and the source."""
     from cpt.config import LaunchInfo, RunYaml, resolve
     from cpt.job.engine_setup import build_engine, fill_weights, weight_source
     from cpt.resilience.phase import PhaseClock
     from data_pipeline.config.strict_yaml import parse_yaml, read_file
 
+    zero: dict[str, Any] = {"stage": 3}
+    if offload:
+        zero["offload_optimizer"] = zero["offload_param"] = {"device": "cpu"}
     engine_json = {
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": zero,
         "expert_parallel": {"enabled": True, "autoep_size": WORLD_SIZE},
     }
     info = LaunchInfo(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE)
@@ -131,7 +144,7 @@ def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
     return engine, source
 
 
-def worker(path: Path) -> None:
+def worker(path: Path, *, offload: bool) -> None:
     """Load the directory as one rank; the first rank prints what all measured."""
     from cpt.deepspeed_adapter.groups import create_topology, init_distributed
     from cpt.model.configuration import load_config
@@ -144,7 +157,8 @@ def worker(path: Path) -> None:
     build("model: {init: tiny}", load_config(None, "tiny"), topology)
     before = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS
-    engine, source = build(f"model: {{path: {path}}}", load_config(path, None), topology)
+    model_config = load_config(path, None)
+    engine, source = build(f"model: {{path: {path}}}", model_config, topology, offload=offload)
     peak = status_bytes("VmHWM") - before
     layer = engine.deepspeed.module.model.layers[0]
     local_layer = 2 * sum(p.ds_numel for p in layer.parameters())
@@ -163,16 +177,20 @@ def worker(path: Path) -> None:
 def main() -> int:
     """Print a table of all ranks, and return 1 if one is above the bound."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--format", choices=("mxfp4", "bf16"), default="mxfp4")
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--layers", type=int, default=8, help="an even number")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker)
+        worker(options.worker, offload=options.offload)
     with tempfile.TemporaryDirectory() as folder:
-        decoded = write_fixture(Path(folder))
+        decoded = write_fixture(Path(folder), options)
         stored = sum(file.stat().st_size for file in Path(folder).iterdir())
         print(f"experts: {decoded / 1e9:.2f} GB in bf16, directory: {stored / 1e9:.2f} GB")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(WORLD_SIZE), __file__, "--worker", folder]
+        command += ["--offload"] if options.offload else []
         # without a fixed threshold glibc keeps freed memory for itself: 1 to 6 % more, another
         # amount in every run
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}

@@ -191,6 +191,8 @@ def run(
     command = [sys.executable, __file__, "--phase", phase, "--folder", options.folder]
     command += ["--layers", str(options.layers), *arguments]
 
+    os.sync()  # pages that wait to be written count as memory of the cgroup
+
     def join() -> None:
         if cgroup is not None:
             (cgroup / "cgroup.procs").write_text(str(os.getpid()))
@@ -201,13 +203,20 @@ def run(
     if done.returncode > 0:
         print(done.stderr[-3000:], file=sys.stderr)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return done.returncode, json.loads(lines[-1].removeprefix("RESULT ")) if lines else {}
+    found = json.loads(lines[-1].removeprefix("RESULT ")) if lines else {}
+    if "fault injected" in done.stderr:
+        found["fault"] = True
+    return done.returncode, found
 
 
 def tell(what: str, code: int, found: dict[str, Any]) -> None:
     """Print a line on a phase."""
-    outcome = "killed" if code == -signal.SIGKILL else f"exit code {code}"
-    peak = f", {found['anonymous'] / 2**20:,.0f} MiB anonymous" if found else ""
+    outcome = f"exit code {code}"
+    if code == -signal.SIGKILL:
+        outcome = "killed by itself" if "fault" in found else "killed by the kernel"
+    peak = ""
+    if "anonymous" in found:
+        peak = f", {found['anonymous'] / 2**20:,.0f} MiB anonymous"
     start_up = f" ({found['start_up'] / 2**20:,.0f} at start-up)" if "start_up" in found else ""
     print(f"{what:<42} {outcome}{peak}{start_up}", flush=True)
 
@@ -231,8 +240,8 @@ def prove(options: argparse.Namespace, state: str, parameters: int) -> bool:
         copied, found = run(options, "train", *setting, "--way", "copy", cgroup=cgroup)
         tell(f"{state}, copy", copied, found)
         fault = f"save_write:0:{KILLED_SAVE}:kill"
-        killed, found = run(options, "train", *stream, cgroup=cgroup, fault=fault)
-        tell(f"{state}, stream, killed in a save", killed, found)
+        killed, planned = run(options, "train", *stream, cgroup=cgroup, fault=fault)
+        tell(f"{state}, stream, killed in a save", killed, planned)
         code, again = run(options, "train", *stream, cgroup=cgroup)
         tell(f"{state}, stream, resumed after step {again.get('first')}", code, again)
         exported, found = run(options, "export", *setting, cgroup=cgroup)
@@ -241,8 +250,8 @@ def prove(options: argparse.Namespace, state: str, parameters: int) -> bool:
         cgroup.rmdir()
     same = all(free["losses"][step] == loss for step, loss in again.get("losses", {}).items())
     print(f"losses of steps {', '.join(again.get('losses', {}))} as without a limit: {same}")
+    resumed = "fault" in planned and again.get("first") == KILLED_SAVE - INTERVAL_STEPS
     outcomes = (copied, killed, code, exported)
-    resumed = again.get("first") == KILLED_SAVE - INTERVAL_STEPS
     return same and resumed and outcomes == (-signal.SIGKILL, -signal.SIGKILL, 0, 0)
 
 
