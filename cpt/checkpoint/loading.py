@@ -154,9 +154,10 @@ def load_checkpoint(
     check_same_tensors(folder.name, manifest.tensors, wanted)
     state = RunState.of(manifest)
     engine.state_reading.wait()
-    ranges = _filled_ranges(stored_ranges(engine, topology), manifest.tensors)
+    ranges = _filled_ranges(stored_ranges(engine, topology), manifest.tensors, wanted)
     if not state.begins_a_run:  # what was imported has no moments
         _log_freezing(manifest.tensors, wanted)
+        _log_optimizers(manifest.tensors, wanted)
     together(group, lambda: fill_ranges(folder, read_range_index(folder, manifest), ranges))
     set_optimizer_step(engine, step)
     publish_master_weights(engine)
@@ -206,17 +207,20 @@ def agreed_refusal(
 
 
 def _filled_ranges(
-    ranges: dict[str, FlatRange], stored: dict[str, TensorRecord]
+    ranges: dict[str, FlatRange],
+    stored: dict[str, TensorRecord],
+    wanted: dict[str, TensorRecord],
 ) -> dict[str, FlatRange]:
     """Return the ranges that the checkpoint can fill.
 
-    Moments that it does not hold, because the parameters were frozen, come from elsewhere or had
-    another optimizer, are set to zero.
+    Moments of a parameter of which it does not hold all, because the parameter was frozen, comes
+    from elsewhere or had another optimizer, are set to zero. A first moment without the second
+    would do harm: AdamW would divide it by one step's gradient alone.
     """
     kept = {}
     for key, part in ranges.items():
         kind, name = key.split("/", 1)
-        if kind in stored[name].parts:
+        if kind == "master" or set(wanted[name].parts) <= set(stored[name].parts):
             kept[key] = part
         else:
             part.zero_()
@@ -245,6 +249,34 @@ def _log_freezing(stored: dict[str, TensorRecord], wanted: dict[str, TensorRecor
             "%d tensors are frozen from here on, in working precision and without moments: %s",
             len(frozen),
             shorten(frozen),
+        )
+
+
+def _log_optimizers(stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]) -> None:
+    """Tell which parameters have another optimizer than when the checkpoint was written."""
+    to_muon = []
+    to_adamw = []
+    for name in sorted(wanted):
+        if not (wanted[name].trained and stored[name].trained):
+            continue
+        before = set(stored[name].moments)
+        now = set(wanted[name].moments)
+        if now < before:
+            to_muon.append(name)
+        elif not now <= before:
+            to_adamw.append(name)
+    if to_muon:
+        log.info(
+            "%d tensors are trained by Muon from here on; their momentum goes on from AdamW's "
+            "first moment: %s",
+            len(to_muon),
+            shorten(to_muon),
+        )
+    if to_adamw:
+        log.info(
+            "%d tensors are trained by AdamW from here on, their moments start at zero: %s",
+            len(to_adamw),
+            shorten(to_adamw),
         )
 
 

@@ -28,6 +28,7 @@ from cpt.config.engine_json import (
     REFUSED_ZERO_KEYS,
 )
 from cpt.config.guard_section import DomainLimits
+from cpt.config.muon_section import MuonSection
 from cpt.config.precision_sections import ProductsSection, QuantizeSection
 from cpt.config.sections import ExpertParallelJson, RunYaml, StageSection
 from data_pipeline.config.decontamination_config import DecontaminationConfig
@@ -93,6 +94,7 @@ def configuration_page() -> str:
             continue
         parts.append(_section(f"`{name}`", section, f"{name}."))
         if name == "train":
+            parts.append(_section("`train.muon`", MuonSection, "train.muon."))
             parts.append(_section("`train.quantize`", QuantizeSection, "train.quantize."))
             parts.append(_section("`train.products`", ProductsSection, "train.products."))
         if name == "guard":

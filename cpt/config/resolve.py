@@ -281,6 +281,12 @@ class _Resolver:
         optimizer = self.json.get("optimizer")
         if optimizer is None:
             return
+        if self.run.train.optimizer == "muon":
+            self._problem(
+                "optimizer",
+                "is given, but train.optimizer is muon, whose settings are in train.*. Remove it.",
+            )
+            return
         if not isinstance(optimizer, dict) or optimizer.get("type") not in ("AdamW", "Adam"):
             self._problem("optimizer", "must have type AdamW.")
             return

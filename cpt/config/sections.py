@@ -14,6 +14,7 @@ import torch
 
 from cpt.config.adapter_section import AdapterSection
 from cpt.config.guard_section import GuardSection
+from cpt.config.muon_section import MuonSection
 from cpt.config.precision_sections import ProductsSection, QuantizeSection
 from cpt.storage.state_bytes import MomentForm
 from data_pipeline.mixture.phases import RateFactor
@@ -142,6 +143,11 @@ class TrainSection:
     accept_schedule_change: bool = False
     """Go on from a checkpoint although the steps to come have another learning rate than they had
     in its configuration; every start tells what differs."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What updates the weights: adamw, or muon for the matrices of attention and experts and adamw
+    for the rest, at the same rate. `train.muon` has its settings."""
+    muon: MuonSection = field(default_factory=MuonSection)
+    """Muon, the optimizer of matrices."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; biases, norms and sinks are not decayed."""
     beta1: float = 0.9
@@ -215,6 +221,16 @@ class TrainSection:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield name, f"is {getattr(self, name)}, must be in [0, 1)."
+        if self.optimizer != "muon":
+            for key, message in self.muon.problems_without_use():
+                yield f"muon.{key}", message
+        elif self.optimizer_state != "fp32":
+            yield (
+                "optimizer_state",
+                f"is {self.optimizer_state}, but with train.optimizer: muon matrices have one "
+                "momentum, which is fp32, and the moments of the rest are small. Remove one of the "
+                "two.",
+            )
         if (self.kl_targets is None) != (self.kl_weight is None):
             yield "kl_targets", "and kl_weight go together: give both, or neither."
         if self.kl_weight is not None and not 0 <= self.kl_weight < float("inf"):
@@ -501,6 +517,13 @@ class RunYaml:
                 "train.optimizer_state",
                 f"is int8, but with adapter.kind: {self.adapter.kind} only small matrices are "
                 "trained, whose moments take little memory in any form. Give fp32 or bf16.",
+            )
+        if self.train.optimizer == "muon":
+            yield (
+                "train.optimizer",
+                f"is muon, but with adapter.kind: {self.adapter.kind} only adapters are trained: "
+                "Muon would orthogonalize the factors A and B, not the matrix that they change. "
+                "Remove one of the two.",
             )
         if self.guard.router_lever == "freeze":
             yield (

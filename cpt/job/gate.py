@@ -84,7 +84,7 @@ from cpt.job.start_options import check_start, resume_word
 from cpt.model import attention
 from cpt.model.adapters.layout import adapter_problems
 from cpt.model.configuration import differing_keys
-from cpt.model.freezing import freeze_problems, rounding_problems
+from cpt.model.freezing import freeze_problems, muon_problems, rounding_problems
 from cpt.model.parameters import parameter_numels, parameter_shapes
 from cpt.model.products.layers import products_problems
 from cpt.model.weights.tokenizer_check import tokenizer_problems
@@ -268,6 +268,9 @@ class _Gate:
                 parameter_shapes(self.model_config),
             )
         )
+        train = self.run_yaml.train
+        names = parameter_numels(self.model_config)
+        self.found.add(muon_problems(train.optimizer, train.freeze, names))
         self.found.add(adapter_problems(self.run_yaml.adapter, self.model_config))
         self.found.add(packed_base_problems(self.run_yaml, self.model_config))
         self.found.add(products_problems(self.run_yaml.train.products, self.model_config))

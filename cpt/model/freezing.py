@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from cpt.config.precision_sections import QuantizeSection
+from cpt.model.linear_maps import is_for_muon
 from cpt.model.weights.hf_layout import is_expert_matrix
 
 SHORTHANDS = {
@@ -74,6 +75,24 @@ def rounding_problems(
     return [
         f"train.quantize.experts is {section.experts}, but train.freeze keeps every expert matrix "
         "as it is, so nothing would be rounded. Remove train.quantize, or take the experts out of "
+        "train.freeze."
+    ]
+
+
+def muon_problems(optimizer: str, patterns: tuple[str, ...], names: Iterable[str]) -> list[str]:
+    """Return why Muon would train nothing: all of its matrices are frozen.
+
+    Args:
+        optimizer: The value of `train.optimizer`.
+        patterns: Those of `train.freeze`.
+        names: The parameters of the model.
+    """
+    matrices = {name for name in names if is_for_muon(name)}
+    if optimizer != "muon" or matrices - frozen_names(patterns, matrices):
+        return []
+    return [
+        "train.optimizer is muon, but train.freeze keeps every matrix of attention and experts as "
+        "it is, and Muon trains nothing else. Remove train.optimizer, or take some of them out of "
         "train.freeze."
     ]
 

@@ -54,6 +54,7 @@ from cpt.resilience.phase import PhaseClock
 from cpt.storage.transfer import to_device
 from cpt.training.activation_checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch, send
+from cpt.training.muon import MatrixOptimizer
 from cpt.training.narrow_adamw import NarrowAdamW
 from cpt.training.optimizer import ROUTER_GROUPS, create_optimizer, reserve_files
 from cpt.training.rounding import ExpertRounding
@@ -221,11 +222,15 @@ class TrainingEngine:
         self._kl_weight = config.train.kl_weight or 0.0
         self.router_watch = _router_watch(model, config, topology)
         separate_routers = config.guard.router_lever == "freeze"
-        optimizer = create_optimizer(model, config.train, separate_routers=separate_routers)
+        optimizer = create_optimizer(
+            model, config.train, separate_routers=separate_routers, device=topology.device
+        )
         files = reserve_files(model, optimizer, config, topology)
         self.deepspeed = initialize(model, optimizer, config.engine_json, files)
         if isinstance(optimizer, NarrowAdamW):
             optimizer.place(fragments_of(self.deepspeed, topology.ep_rank))
+        if isinstance(optimizer, MatrixOptimizer):
+            optimizer.hold_partitions(self.deepspeed, topology)
         self._save_wait_seconds = 0.0
         self.rounding = ExpertRounding(
             config.train.quantize, self.deepspeed, topology.device, clock

@@ -1,4 +1,4 @@
-"""AdamW of a run, and the memory of the state that is offloaded to NVMe."""
+"""The optimizer of a run, and the memory of the state that is offloaded to NVMe."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import nn
 from cpt.config import RunConfig, TrainSection
 from cpt.deepspeed_adapter.experts import separate_experts
 from cpt.deepspeed_adapter.offload import file_bytes, nvme_paths
+from cpt.deepspeed_adapter.partition import full_local_shape
 from cpt.model.experts.router_watch import router_parameters
+from cpt.model.linear_maps import linear_maps
 from cpt.parallel.agreement import together
 from cpt.parallel.topology import Topology
 from cpt.storage.file_memory import FileMemory
 from cpt.storage.state_bytes import MOMENTS, MOMENTS_KEY, MomentForm
+from cpt.training.muon import MatrixOptimizer, muon_group
 from cpt.training.narrow_adamw import NarrowAdamW
 
 log = logging.getLogger("cpt.training")
@@ -27,11 +30,11 @@ ROUTER_GROUPS = ("routers", "routers_no_decay")
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, separate_routers: bool = False
+    model: nn.Module, weight_decay: float, *, separate_routers: bool = False, muon: bool = False
 ) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups.
+    """Return the optimizer's parameter groups.
 
-    Matrices decay; biases, norms and sinks do not. Frozen parameters are in neither group. gpt-oss
+    Matrices decay; biases, norms and sinks do not. Frozen parameters are in no group. gpt-oss
     stores an expert bias as a matrix (one row per expert), so names decide, not the number of
     dimensions.
 
@@ -40,7 +43,9 @@ def parameter_groups(
         weight_decay: Decay of matrices.
         separate_routers: Whether the routers are in groups of their own, whose names are in
             `ROUTER_GROUPS`.
+        muon: Whether the matrices that Muon trains are in a group of their own.
     """
+    orthogonalized: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     kept_of_routers: list[nn.Parameter] = []
@@ -48,6 +53,9 @@ def parameter_groups(
     routers = {id(parameter) for parameter in router_parameters(model).values()}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
+            continue
+        if muon and linear_maps(name, full_local_shape(parameter)) is not None:
+            orthogonalized.append(parameter)
             continue
         is_separate = separate_routers and id(parameter) in routers
         last = name.rsplit(".", 1)[-1]
@@ -63,6 +71,8 @@ def parameter_groups(
         decay, no_decay = ROUTER_GROUPS
         groups.append({"name": decay, "params": decayed_of_routers, "weight_decay": weight_decay})
         groups.append({"name": no_decay, "params": kept_of_routers, "weight_decay": 0.0})
+    if muon:
+        groups.append(muon_group(orthogonalized, weight_decay))
     return groups
 
 
@@ -80,16 +90,29 @@ def form_in_group(group: str, form: MomentForm) -> MomentForm:
 
 
 def create_optimizer(
-    model: nn.Module, train: TrainSection, *, separate_routers: bool = False
+    model: nn.Module,
+    train: TrainSection,
+    *,
+    separate_routers: bool = False,
+    device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
-    """Create AdamW for the trained parameters.
+    """Create the optimizer of the trained parameters.
 
-    torch's own kernel also serves offloaded state: on a host it is as fast as DeepSpeed's, and
-    nothing has to be compiled.
+    torch's own kernel of AdamW also serves offloaded state: on a host it is as fast as DeepSpeed's,
+    and nothing has to be compiled.
+
+    Args:
+        model: The model.
+        train: Its section.
+        separate_routers: As `parameter_groups` takes it.
+        device: The device that computes, wherever the state lies; None for the host.
     """
     form = train.optimizer_state
+    uses_muon = train.optimizer == "muon"
     separate_routers = separate_routers or form == "int8"
-    all_groups = parameter_groups(model, train.weight_decay, separate_routers=separate_routers)
+    all_groups = parameter_groups(
+        model, train.weight_decay, separate_routers=separate_routers, muon=uses_muon
+    )
     betas = (train.beta1, train.beta2)
     if form != "fp32":
         for group in all_groups:
@@ -97,7 +120,12 @@ def create_optimizer(
         groups = separate_experts(all_groups)
         return NarrowAdamW(groups, lr=train.lr, betas=betas, eps=train.eps, seed=train.seed)
     groups = separate_experts(all_groups)
-    return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.eps, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.eps, fused=True)
+    if not uses_muon:
+        return adamw
+    optimizer = MatrixOptimizer(adamw, train.muon, device or torch.device("cpu"))
+    optimizer.hold_whole(dict(model.named_parameters()))
+    return optimizer
 
 
 def reserve_files(

@@ -130,6 +130,8 @@ class Scenario:
     """`train.weight_decay`."""
     optimizer_state: str = "fp32"
     """`train.optimizer_state`."""
+    optimizer: str = "adamw"
+    """`train.optimizer`."""
 
     @property
     def name(self) -> str:
@@ -188,6 +190,8 @@ class Scenario:
             parts.append(self.products.get("scaling", ""))
         if self.optimizer_state != "fp32":
             parts.append(f"state-{self.optimizer_state}")
+        if self.optimizer != "adamw":
+            parts.append(self.optimizer)
         return "-".join(parts)
 
     def dump(self) -> str:

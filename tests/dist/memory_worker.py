@@ -102,6 +102,7 @@ def run(shape: dict[str, Any], folder: Path) -> None:
             "total_steps": 99,
             "lr": 1e-3,
             "quantize": shape.get("quantize", {}),
+            "optimizer": shape.get("optimizer", "adamw"),
         },
     }
     run_yaml = read_file(RunYaml, parse_yaml(json.dumps(run), "run.yaml"))

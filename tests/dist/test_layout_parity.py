@@ -447,13 +447,13 @@ def test_bf16_stays_within_its_rounding(scenario, results, reference) -> None:
 
 
 def stored_tensors(step: Path, part: str) -> dict[str, torch.Tensor]:
-    """Return the whole tensors of one part of a checkpoint; frozen ones have no moments."""
+    """Return the whole tensors of one part of a checkpoint, of all parameters that have it."""
     manifest = read_manifest(step)
     verify_files(step, manifest)
     tensors = {}
     ranges = {}
     for name, record in manifest.tensors.items():
-        if not record.trained and part != "master":
+        if part not in record.parts:
             continue
         numel = torch.Size(record.shape).numel()
         flat = torch.full((numel,), float("nan"))

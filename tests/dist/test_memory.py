@@ -33,6 +33,7 @@ def shape(
     stage: int = 3,
     adapter: dict[str, Any] | None = None,
     quantize: dict[str, Any] | None = None,
+    optimizer: str = "adamw",
 ) -> dict[str, Any]:
     kept = "checkpointing" if checkpointing else "all-kept"
     name = f"{rows}x{seq_len}-{kept}-zero{stage}"
@@ -40,8 +41,11 @@ def shape(
         name += f"-{adapter.get('base', 'bf16')}-{'-'.join(adapter.get('targets', ['all']))}"
     if quantize is not None:
         name += f"-rounded-{quantize['exponent']}"
+    if optimizer != "adamw":
+        name += f"-{optimizer}"
     return {
         "name": name,
+        "optimizer": optimizer,
         "quantize": quantize or {},
         "adapter": adapter or {},
         "rows": rows,
@@ -67,6 +71,9 @@ SHAPES = [
     shape(4, 1024, True, stage=3, adapter=PACKED),
     shape(4, 1024, True, stage=3, quantize=ROUNDED),
     shape(8, 256, True, stage=2, quantize=ROUNDED),
+    shape(4, 1024, False, stage=3, optimizer="muon"),
+    shape(8, 256, True, stage=3, optimizer="muon"),
+    shape(8, 256, True, stage=1, optimizer="muon"),
 ]
 
 

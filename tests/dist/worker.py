@@ -101,6 +101,7 @@ def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
         "gradient_clipping": scenario.clipping,
         "freeze": list(scenario.freeze),
         "products": scenario.products,
+        "optimizer": scenario.optimizer,
         **SETTINGS,
         "weight_decay": scenario.weight_decay,
         "optimizer_state": scenario.optimizer_state,
