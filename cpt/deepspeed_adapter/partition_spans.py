@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from cpt.deepspeed_adapter.shards import flat_partitions, place_of
-from cpt.parallel.whole_blocks import Span
+from cpt.parallel.whole_blocks import HeldRange
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class FlatPartition:
     parameters: dict[str, Any]
     """All of them by name, also those of which this rank holds nothing, in the same order on all
     ranks of the group."""
-    spans: dict[str, Span]
+    spans: dict[str, HeldRange]
     """What this rank holds of them."""
 
 

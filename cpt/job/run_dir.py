@@ -18,6 +18,7 @@ from cpt.config import RunConfig
 from cpt.errors import StageFinished, StorageError
 from cpt.model.adapters.layout import adapter_shapes
 from cpt.model.freezing import frozen_names
+from cpt.model.linear_maps import is_for_muon
 from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
@@ -176,11 +177,19 @@ def stored_numels(config: RunConfig, model_config: GptOssConfig) -> Mapping[str,
 
 
 def checkpoint_bytes(config: RunConfig, numels: Mapping[str, int]) -> int:
-    """Return the size of a checkpoint: 4 bytes per frozen parameter, 12 per trained one."""
+    """Return the size of a checkpoint: 4 bytes per frozen parameter, 12 per trained one, 8 if it is
+    one of Muon's.
+    """
     frozen = frozen_names(config.train.freeze, numels)
+    uses_muon = config.train.optimizer == "muon"
     size = 0
     for name, numel in numels.items():
-        size += numel * (FP32_BYTES if name in frozen else STORED_BYTES)
+        if name in frozen:
+            size += numel * FP32_BYTES
+        elif uses_muon and is_for_muon(name):
+            size += numel * 2 * FP32_BYTES
+        else:
+            size += numel * STORED_BYTES
     return size
 
 

@@ -40,6 +40,7 @@ def describe(passed: PassedGate) -> str:
         "data parallel": config.world_size // config.sp_size,
         "ZeRO stage": config.zero_stage,
         "dtype": config.train.dtype,
+        "optimizer": describe_optimizer(config, model),
         "adapter": adapter_summary(config.adapter, model),
         "rounded after a step": rounding_text(config, counts_of(config, model).expert_matrices),
         "8-bit products": products_text(config, model),
@@ -116,6 +117,15 @@ def describe_frozen(config: RunConfig, model_config: GptOssConfig) -> str:
     if not frozen:
         return "nothing"
     return f"{', '.join(config.train.freeze)}: {frozen:,} of {sum(numels.values()):,} parameters"
+
+
+def describe_optimizer(config: RunConfig, model_config: GptOssConfig) -> str:
+    """Return what updates the weights, and how much of them."""
+    counts = counts_of(config, model_config)
+    if not counts.by_muon:
+        return "AdamW"
+    trained = counts.trained_dense + counts.trained_experts
+    return f"Muon for {counts.by_muon:,} of {trained:,} trained parameters, AdamW for the rest"
 
 
 def describe_memory(passed: PassedGate) -> str:

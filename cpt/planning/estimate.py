@@ -8,11 +8,13 @@
     exposed   ZeRO's traffic and the copies of offloading as far as compute does not hide them:
               a share `1 - overlap` of the longer of the two; copies to and from memory that is not
               page-locked wholly
-    step      max(compute + exchange + exposed, NVLink, InfiniBand, PCIe) + update + NVMe + rounding
+    step      max(compute + exchange + exposed, NVLink, InfiniBand, PCIe) + update + NVMe +
+              orthogonalizing + rounding
 
 DeepSpeed fetches weights ahead of use, but not an expert tensor that is larger than its prefetch
 bucket, so how much of ZeRO's traffic hides behind compute is an assumption.  The halo hides.  The
-update follows the last backward; what it is made of on a host is in host_work.py.
+update follows the last backward; what it is made of on a host is in host_work.py, and how Muon
+orthogonalizes matrices, whose parts travel between ranks, in matrix_updates.py.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from cpt.planning.host_memory import host_memory
 from cpt.planning.host_work import Copies, copies
 from cpt.planning.host_work import update_seconds as host_update_seconds
 from cpt.planning.low_precision import EightBitWork, rounding_seconds
+from cpt.planning.matrix_updates import MUON_BYTES, orthogonalizing_seconds
 from cpt.planning.memory import ParameterCounts, device_memory, trained_per_rank
 from cpt.planning.part_times import PRODUCTS, REST, UPDATE_BYTES, Held, micro_step_parts
 from cpt.planning.step_work import PASSES, ModelSizes, Share
@@ -163,6 +166,9 @@ def _estimate(
     if not moved.page_locked:
         exposed = max(exposed, busy["PCIe"])
     afterwards = _update_seconds(config, counts, gpu)
+    if counts.by_muon:
+        orthogonalizing = orthogonalizing_seconds(config, counts, gpu)
+        afterwards["orthogonalizing"] = orthogonalizing + links["muon"]
     if config.train.quantize.is_on:
         afterwards["rounding"] = rounding_seconds(config, counts.expert_matrices, gpu)
     return Estimate(
@@ -267,8 +273,10 @@ def _busy_seconds(
     wire: dict[str, Wire], moved: Copies, gpu: Gpu, assumed: Assumptions
 ) -> dict[str, float]:
     """Return how long each link is at work."""
-    intra = sum(sent.intra for sent in wire.values())
-    inter = sum(sent.inter for sent in wire.values())
+    # what Muon sends travels after the last backward, when the links have nothing else to do
+    during = [sent for kind, sent in wire.items() if kind != "muon"]
+    intra = sum(sent.intra for sent in during)
+    inter = sum(sent.inter for sent in during)
     return {
         "NVLink": intra / (assumed.nvlink_share * gpu.nvlink_bytes_per_second),
         "InfiniBand": inter / (assumed.network_share * gpu.network_bytes_per_second),
@@ -277,8 +285,9 @@ def _busy_seconds(
 
 
 def _update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> dict[str, float]:
-    """Return the time of clipping and Adam, which the memory that holds the state bounds."""
+    """Return the time of clipping and the update, which the memory that holds the state bounds."""
     if "offload_optimizer" in config.engine_json["zero_optimization"]:
         return host_update_seconds(config, counts, gpu)
-    trained = trained_per_rank(config, counts)
-    return {"update": trained * UPDATE_BYTES / gpu.attainable().memory_bytes_per_second}
+    moved = UPDATE_BYTES * trained_per_rank(config, counts)
+    moved += MUON_BYTES * (counts.by_muon // config.world_size)
+    return {"update": moved / gpu.attainable().memory_bytes_per_second}

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from cpt.config import RunConfig
 from cpt.planning.hardware import Gpu
 from cpt.planning.host_memory import largest_sub_group
+from cpt.planning.matrix_updates import HOST_MUON_BYTES
 from cpt.planning.memory import ParameterCounts, state_bytes, trained_per_rank
 from cpt.storage.state_bytes import (
     FP32_BYTES,
@@ -118,7 +119,8 @@ def update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> dict
         gpu: The GPU with its shares of the node.
     """
     trained = trained_per_rank(config, counts)
-    memory_bytes = update_bytes(config, trained)
+    by_muon = counts.by_muon // config.world_size
+    memory_bytes = update_bytes(config, trained) + HOST_MUON_BYTES * by_muon
     link_bytes = 0.0
     if "offload_param" not in config.engine_json["zero_optimization"]:
         link_bytes += config.itemsize * trained
@@ -128,6 +130,8 @@ def update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> dict
         "update": memory_bytes / gpu.host_bytes_per_second + link_bytes / gpu.pcie_bytes_per_second
     }
     on_nvme = nvme_bytes(config, trained)
+    if config.engine_json["zero_optimization"]["offload_optimizer"].get("device") == "nvme":
+        on_nvme -= 2 * FP32_BYTES * by_muon  # there is no second moment
     if on_nvme:
         seconds["NVMe"] = on_nvme / gpu.nvme_bytes_per_second
     return seconds

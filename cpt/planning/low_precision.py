@@ -254,8 +254,13 @@ def products_text(config: RunConfig, model: GptOssConfig) -> str:
 
 
 def assumption_lines(train: TrainSection, gpu: Gpu) -> list[str]:
-    """Return what a plan assumes of rounding and 8-bit products, if a run has any."""
+    """Return what a plan assumes of Muon, rounding and 8-bit products, if a run has any."""
     lines = []
+    if train.optimizer == "muon":
+        lines.append(
+            f"Muon: {train.muon.newton_schulz_steps} Newton-Schulz steps at the speed of other "
+            "bf16 products, and exchanges that nothing hides (from operations and bytes)"
+        )
     if train.quantize.is_on:
         lines.append(
             "rounding: the experts of a rank are read and written once after each update, from "

@@ -25,9 +25,12 @@ from cpt.model.adapters.layout import (
 )
 from cpt.model.experts.packed import packed_bytes
 from cpt.model.freezing import frozen_names
+from cpt.model.linear_maps import LinearMaps, linear_maps
 from cpt.model.weights.hf_layout import is_expert_matrix, is_expert_name
 from cpt.planning.low_precision import OPERANDS, operands_memory, rounding_memory
+from cpt.planning.matrix_updates import rounds_memory
 from cpt.planning.step_memory import StepSizes, mask_bytes, step_moments
+from cpt.planning.update_groups import SUB_GROUP_SIZE, expert_groups, sub_groups
 from cpt.storage.state_bytes import (
     FP32_BYTES,
     device_gradient_bytes,
@@ -39,14 +42,6 @@ GIB = 2**30
 STEP_PARTS = ("gathered weights", "weight gradients", "activations", "logits", "update")
 """What a step takes beyond the state, by part; over a packed base, also decoded experts, with 8-bit
 products, also their operands.
-"""
-SUB_GROUP_SIZE = 10**9
-"""Parameters after which ZeRO-3 begins another group for the update, unless the DeepSpeed JSON says
-otherwise.
-"""
-EXPERT_GROUP_SIZE = 178_956_971
-"""Parameters of an optimizer group of experts, at most, unless it is a single one (deepspeed
-0.19.8, moe/utils.py).
 """
 SMALL = ("bias", "sinks", "lora_magnitude")
 """Ends of the names of parameters that are no matrices; norms are the others."""
@@ -78,15 +73,29 @@ class ParameterCounts:
     """Weights of experts that stay in 4 bits. They are no parameters, and not among `experts`."""
     adapted: tuple[AdaptedMatrix, ...] = ()
     """The matrices that have an adapter."""
+    muon_dense: tuple[LinearMaps, ...] = ()
+    """The maps of the parameters among `trained_dense` that Muon trains, in the model's order."""
+    muon_experts: tuple[LinearMaps, ...] = ()
+    """Those of the parameters among `trained_experts`."""
+
+    @property
+    def by_muon(self) -> int:
+        """Number of parameters that Muon trains; they have one moment."""
+        return sum(maps.numel for maps in (*self.muon_dense, *self.muon_experts))
 
 
 def counts_of(run: RunYaml | RunConfig, model: GptOssConfig) -> ParameterCounts:
     """Count the parameters that a run trains and those that it leaves as they are."""
-    return count_parameters(model, run.train.freeze, run.adapter)
+    uses_muon = run.train.optimizer == "muon"
+    return count_parameters(model, run.train.freeze, run.adapter, muon=uses_muon)
 
 
 def count_parameters(
-    model: GptOssConfig, freeze: tuple[str, ...], adapter: AdapterSection | None = None
+    model: GptOssConfig,
+    freeze: tuple[str, ...],
+    adapter: AdapterSection | None = None,
+    *,
+    muon: bool = False,
 ) -> ParameterCounts:
     """Count the parameters of a model, and those that are trained.
 
@@ -94,12 +103,14 @@ def count_parameters(
         model: The model.
         freeze: Patterns of `train.freeze`.
         adapter: The adapters; with them, nothing below them is trained.
+        muon: Whether matrices are trained by Muon.
     """
     adapter = adapter or AdapterSection()
     packed, shapes = _split_packed(model, adapter)
     trained = _trained_names(freeze, adapter, shapes)
     sums = {"dense": 0, "experts": 0, "trained_dense": 0, "trained_experts": 0, "routers": 0}
     matrices: dict[str, list[int]] = {"dense": [], "experts": []}
+    by_muon: dict[str, list[LinearMaps]] = {"dense": [], "experts": []}
     for name, shape in shapes.items():
         kind = "experts" if is_expert_name(name) else "dense"
         numel = math.prod(shape)
@@ -109,12 +120,17 @@ def count_parameters(
             if not name.endswith(SMALL) and "norm" not in name:
                 matrices[kind].append(numel)
                 sums["routers"] += numel if ".mlp.router." in name else 0
+            maps = linear_maps(name, shape) if muon else None
+            if maps is not None:
+                by_muon[kind].append(maps)
     return ParameterCounts(
         **sums,
         dense_matrices=tuple(matrices["dense"]),
         expert_matrices=tuple(matrices["experts"]),
         packed=packed,
         adapted=tuple(adapted_matrices(adapter, model)),
+        muon_dense=tuple(by_muon["dense"]),
+        muon_experts=tuple(by_muon["experts"]),
     )
 
 
@@ -168,6 +184,7 @@ def device_memory(
             operands = operands_memory(config, model, sizes.tokens, name, device_type)
             moments[name][OPERANDS] = operands
     update = _device_update(config, counts, sizes, device_type)
+    update += rounds_memory(config, counts, device_type)
     moments["update"] = {"gradients": gradients, "update": update}
     rounding = rounding_memory(config, model, device_type)
     if rounding:
@@ -215,7 +232,8 @@ def optimizer_state(config: RunConfig, counts: ParameterCounts) -> int:
     """Return the bytes of master weights and moments of one rank, wherever they lie."""
     trained = trained_per_rank(config, counts)
     if config.train.optimizer_state != "int8":
-        return state_bytes(config, trained)
+        missing_moments = FP32_BYTES * (counts.by_muon // config.world_size)
+        return state_bytes(config, trained) - missing_moments
     matrices = sum(counts.dense_matrices) - counts.routers + sum(counts.expert_matrices)
     in_blocks = matrices // config.world_size
     return state_bytes(config, in_blocks) + optimizer_bytes(trained - in_blocks)
@@ -264,10 +282,17 @@ def update_groups(config: RunConfig, counts: ParameterCounts) -> list[list[int]]
 
     Biases, norms and sinks form groups that are too small to count.
     """
-    groups = [[numel // config.world_size for numel in counts.dense_matrices]]
+    by_adamw = list(counts.dense_matrices)
+    by_muon = [maps.numel for maps in counts.muon_dense]
+    for numel in by_muon:
+        by_adamw.remove(numel)
+    groups = []
+    for dense in (by_adamw, by_muon):
+        if dense:
+            groups.append([numel // config.world_size for numel in dense])
     local = [numel // config.ep_size for numel in counts.expert_matrices]
     ranks_sharing_experts = config.world_size // config.ep_size
-    for group in _expert_groups(local):
+    for group in expert_groups(local):
         groups.append([numel // ranks_sharing_experts for numel in group])
     if config.zero_stage != 3:
         return groups
@@ -275,27 +300,7 @@ def update_groups(config: RunConfig, counts: ParameterCounts) -> list[list[int]]
     size = int(zero.get("sub_group_size", SUB_GROUP_SIZE))
     parts = []
     for group in groups:
-        parts += _sub_groups(group, size)
-    return parts
-
-
-def _expert_groups(numels: list[int]) -> list[list[int]]:
-    """Divide experts' parameters as DeepSpeed does: a group ends before it is too large."""
-    groups: list[list[int]] = [[]]
-    for numel in numels:
-        if sum(groups[-1]) + numel > EXPERT_GROUP_SIZE:
-            groups.append([])
-        groups[-1].append(numel)
-    return groups
-
-
-def _sub_groups(numels: list[int], size: int) -> list[list[int]]:
-    """Divide a group as ZeRO-3 does: a part ends as soon as it has reached the size."""
-    parts: list[list[int]] = [[]]
-    for numel in numels:
-        if sum(parts[-1]) >= size:
-            parts.append([])
-        parts[-1].append(numel)
+        parts += sub_groups(group, size)
     return parts
 
 

@@ -79,6 +79,8 @@ def _gib(parts: dict[str, int]) -> str:
 def _traffic_cells(one: Estimate) -> dict[str, str]:
     cells = {"sent by one rank in a step, GB inside / between nodes": ""}
     for kind in KINDS:
+        if kind == "muon" and one.config.train.optimizer != "muon":
+            continue
         sent = one.wire[kind]
         cells[f"  {kind}"] = f"{sent.intra / 1e9:.2f} / {sent.inter / 1e9:.2f}"
     return cells

@@ -12,6 +12,8 @@ DeepSpeed's source: a ring passes every byte W - 1 times among W ranks, so each 
               step one gather
     stage 1   per step an all-reduce of the gradients and one gather of the weights
 
+Muon's exchanges are not counted at run time, either; cpt/planning/matrix_updates.py has them.
+
 Ranks of an expert-parallel group are consecutive, so those that hold the same experts are `ep_size`
 apart.
 """
@@ -25,10 +27,11 @@ from transformers import GptOssConfig
 from cpt.config import RunConfig
 from cpt.config.window import window_tokens
 from cpt.model.experts.grouped import ALIGNMENT_BYTES
+from cpt.planning.matrix_updates import sent_bytes, shared_tensors
 from cpt.planning.memory import ParameterCounts
 from cpt.storage.state_bytes import FP32_BYTES
 
-KINDS = ("ZeRO gather", "ZeRO reduce", "ulysses", "halo", "experts")
+KINDS = ("ZeRO gather", "ZeRO reduce", "ulysses", "halo", "experts", "muon")
 """Kinds of traffic in the order in which they are printed."""
 
 
@@ -59,7 +62,18 @@ def traffic(
         "ZeRO gather": gather,
         "ZeRO reduce": reduce,
         **exchanges(config, model, ranks_per_node),
+        "muon": _matrices(config, counts, ranks_per_node),
     }
+
+
+def _matrices(config: RunConfig, counts: ParameterCounts, ranks_per_node: int) -> Wire:
+    """Return what an update by Muon sends: ranges of matrices to one rank, and back."""
+    dense, experts = shared_tensors(config, counts)
+    sent = _all_to_all(sent_bytes(dense, config), config.world_size, ranks_per_node)
+    sharing = config.world_size // config.ep_size
+    # of the ranks of a node, every ep_size-th shares experts
+    on_node = max(1, ranks_per_node // config.ep_size)
+    return sent + _all_to_all(sent_bytes(experts, config), sharing, on_node)
 
 
 def exchanges(config: RunConfig, model: GptOssConfig, ranks_per_node: int) -> dict[str, Wire]:

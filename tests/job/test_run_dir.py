@@ -41,7 +41,7 @@ def needed(
 ) -> RoomNeeded:
     config = SimpleNamespace(
         checkpoint=CheckpointSection(**kept),
-        train=SimpleNamespace(total_steps=last, stop_at_step=None, freeze=()),
+        train=SimpleNamespace(total_steps=last, stop_at_step=None, freeze=(), optimizer="adamw"),
         telemetry=SimpleNamespace(export_at_end=export),
     )
     return room_needed(cast(RunConfig, config), NUMELS, step, existing)

@@ -11,7 +11,7 @@ from transformers import GptOssConfig
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.job.memory_report import PEAK, predicted
 from cpt.model.configuration import load_config
-from cpt.planning import memory
+from cpt.planning import update_groups
 from cpt.planning.hardware import GPUS
 from cpt.planning.memory import count_parameters, device_memory
 from cpt.planning.one_gpu import estimate_on_one_gpu
@@ -62,13 +62,17 @@ def test_update_is_the_peak_of_short_rows_only() -> None:
 
 
 def test_part_of_a_group_ends_when_it_has_reached_the_size() -> None:
-    assert memory._sub_groups([6, 3, 3, 9, 1], 10) == [[6, 3, 3], [9, 1]]
-    assert memory._sub_groups([6, 3], 10) == [[6, 3]]
+    assert update_groups.sub_groups([6, 3, 3, 9, 1], 10) == [[6, 3, 3], [9, 1]]
+    assert update_groups.sub_groups([6, 3], 10) == [[6, 3]]
 
 
 def test_group_of_experts_ends_before_it_is_too_large() -> None:
-    half = memory.EXPERT_GROUP_SIZE // 2
-    assert memory._expert_groups([half, half, half, 4 * half]) == [[half, half], [half], [4 * half]]
+    half = update_groups.EXPERT_GROUP_SIZE // 2
+    assert update_groups.expert_groups([half, half, half, 4 * half]) == [
+        [half, half],
+        [half],
+        [4 * half],
+    ]
 
 
 def test_gradients_are_there_at_the_loss_only_if_they_add_up() -> None:
