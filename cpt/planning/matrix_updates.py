@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 
 HOST_MUON_BYTES = 20
-"""Bytes per parameter that Muon's update reads and writes beyond AdamW's 28: the running mean 12, the
-look-ahead 12, its bf16 copy 6, decay 8, the orthogonal update 10.
+"""Bytes per parameter that Muon's update reads and writes beyond AdamW's 28: the running mean 12,
+the look-ahead 12, its bf16 copy 6, decay 8, the orthogonal update 10.
 """
 MUON_BYTES = HOST_MUON_BYTES + 8
 """The same on a GPU, with the copies of blocks between the order of travel and their own."""
