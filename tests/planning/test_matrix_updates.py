@@ -13,6 +13,7 @@ from cpt.model.linear_maps import LinearMaps
 from cpt.parallel.whole_blocks import Span
 from cpt.planning.estimate import estimate
 from cpt.planning.hardware import GPUS, Assumptions
+from cpt.planning.host_memory import host_memory
 from cpt.planning.matrix_updates import (
     Shared,
     busiest_flops,
@@ -20,7 +21,7 @@ from cpt.planning.matrix_updates import (
     sent_bytes,
     shared_tensors,
 )
-from cpt.planning.memory import counts_of, device_memory, host_memory
+from cpt.planning.memory import counts_of, device_memory
 from cpt.training.muon import plan_work
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from tests.support.cut_tensors import cut
