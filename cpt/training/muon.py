@@ -126,7 +126,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self.hold(partition.flat, _work_of(partition, by_rank))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update all parameters that have gradients; the gradients of matrices are used up."""
         others = []
         for group in self.param_groups:
