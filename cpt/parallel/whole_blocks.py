@@ -1,8 +1,8 @@
 """Whole blocks of tensors of which every rank holds ranges: gathered, worked on, and sent back.
 
     plan_rounds     who works on which block, and what travels: computed alike by all ranks
-    Round.gather    the ranges of a round's blocks travel to the ranks that work on them
-    Round.scatter   the results travel back along the same ways
+    BlockRound.gather    the ranges of a round's blocks travel to the ranks that work on them
+    BlockRound.scatter   the results travel back along the same ways
 
 A block that one rank holds alone is worked on there, and stays where it is. Others are divided
 among the ranks that hold a part of them, so that all have about as much work. A round is as many
@@ -40,7 +40,7 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
+class HeldRange:
     """Consecutive elements of a tensor that a rank holds in its buffer."""
 
     offset: int
@@ -52,7 +52,7 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
+class BlockPiece:
     """What one rank holds of a block."""
 
     block: int
@@ -70,7 +70,7 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Round:
+class BlockRound:
     """The blocks that the ranks of a group work on at the same time, as one rank sees them."""
 
     blocks: tuple[int, ...]
@@ -79,9 +79,9 @@ class Round:
     """The first element of each of them among their elements."""
     numel: int
     """Elements of these blocks."""
-    sent: tuple[Piece, ...]
+    sent: tuple[BlockPiece, ...]
     """What this rank holds of the blocks of all ranks, by worker."""
-    received: tuple[Piece, ...]
+    received: tuple[BlockPiece, ...]
     """What all ranks hold of this rank's blocks, by holder."""
     num_to: tuple[int, ...]
     """Elements for each rank."""
@@ -115,7 +115,7 @@ class Round:
 
     def scatter(
         self, whole: torch.Tensor, device: torch.device, group: Group
-    ) -> list[tuple[Piece, torch.Tensor]]:
+    ) -> list[tuple[BlockPiece, torch.Tensor]]:
         """Return this rank's ranges of the results, on `device`.
 
         Args:
@@ -164,10 +164,10 @@ class Round:
 
 def plan_rounds(
     blocks: Sequence[Block],
-    spans_by_rank: Sequence[Mapping[int, Span]],
+    spans_by_rank: Sequence[Mapping[int, HeldRange]],
     rank: int,
     round_numel: int = ROUND_NUMEL,
-) -> list[Round]:
+) -> list[BlockRound]:
     """Return the rounds of one rank of a group.
 
     Args:
@@ -191,8 +191,8 @@ def plan_rounds(
 
 
 def _pieces_of(
-    number: int, block: Block, spans_by_rank: Sequence[Mapping[int, Span]]
-) -> list[tuple[int, Span]]:
+    number: int, block: Block, spans_by_rank: Sequence[Mapping[int, HeldRange]]
+) -> list[tuple[int, HeldRange]]:
     """Return what each rank holds of a block, as (rank, span); offsets count in the block."""
     found = []
     for rank, spans in enumerate(spans_by_rank):
@@ -203,7 +203,7 @@ def _pieces_of(
         last = min(block.offset + block.numel, span.offset + span.numel)
         if first < last:
             start = span.start + first - span.offset
-            part = Span(offset=first - block.offset, start=start, numel=last - first)
+            part = HeldRange(offset=first - block.offset, start=start, numel=last - first)
             found.append((rank, part))
     held = sum(part.numel for _, part in found)
     assert held == block.numel, f"the ranks hold {held} of {block.numel} elements of block {number}"
@@ -226,9 +226,9 @@ def _rounds_of(mine: list[int], blocks: Sequence[Block], round_numel: int) -> li
 def _round(
     mine_by_rank: list[list[int]],
     blocks: Sequence[Block],
-    pieces: list[list[tuple[int, Span]]],
+    pieces: list[list[tuple[int, HeldRange]]],
     rank: int,
-) -> Round:
+) -> BlockRound:
     """Return a round as one rank sees it, from the blocks that each rank works on."""
     sent = []
     received = []
@@ -237,7 +237,7 @@ def _round(
         for number in mine:
             for holder, part in pieces[number]:
                 crosses = crosses or holder != worker
-                piece = Piece(
+                piece = BlockPiece(
                     block=number,
                     holder=holder,
                     worker=worker,
@@ -261,7 +261,7 @@ def _round(
     for number in mine_by_rank[rank]:
         starts.append(numel)
         numel += blocks[number].numel
-    return Round(
+    return BlockRound(
         blocks=tuple(mine_by_rank[rank]),
         starts=tuple(starts),
         numel=numel,

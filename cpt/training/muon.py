@@ -44,7 +44,7 @@ from cpt.deepspeed_adapter.partition_spans import FlatPartition, partitions
 from cpt.model.linear_maps import LinearMaps, linear_maps
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
-from cpt.parallel.whole_blocks import Block, Group, Round, Span, plan_rounds
+from cpt.parallel.whole_blocks import Block, BlockRound, Group, HeldRange, plan_rounds
 from cpt.storage.state_bytes import MOMENTS_KEY
 from cpt.training.newton_schulz import compute_dtype, newton_schulz_flops, orthogonalize
 
@@ -55,12 +55,12 @@ MOMENTUM = "exp_avg"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class MatrixWork:
     """What a flat tensor of matrices needs for its update."""
 
     maps: tuple[LinearMaps, ...]
     """The maps of each block."""
-    rounds: list[Round]
+    rounds: list[BlockRound]
     """The exchanges, and this rank's blocks."""
     group: Group
     """The ranks that share the matrices."""
@@ -98,9 +98,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._adamw = adamw
         self._section = section
         self._device = device
-        self._work: dict[torch.Tensor, Work] = {}
+        self._work: dict[torch.Tensor, MatrixWork] = {}
 
-    def hold(self, tensor: torch.Tensor, work: Work) -> None:
+    def hold(self, tensor: torch.Tensor, work: MatrixWork) -> None:
         """Learn which matrices a tensor of one of Muon's groups holds ranges of."""
         self._work[tensor] = work
 
@@ -110,7 +110,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             maps = linear_maps(name, full_local_shape(parameter))
             if maps is None:
                 continue
-            span = Span(offset=0, start=0, numel=full_local_numel(parameter))
+            span = HeldRange(offset=0, start=0, numel=full_local_numel(parameter))
             self.hold(parameter, plan_work([maps], [{0: span}], rank=0, group=None))
 
     def hold_partitions(self, engine: Any, topology: Topology) -> None:
@@ -169,7 +169,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return look_ahead.copy_(momentum.view(-1))
 
     def _orthogonalize_blocks(
-        self, whole: torch.Tensor, one: Round, maps: Sequence[LinearMaps]
+        self, whole: torch.Tensor, one: BlockRound, maps: Sequence[LinearMaps]
     ) -> None:
         """Orthogonalize the maps of this rank's blocks in place; equal ones that follow, at once.
 
@@ -200,11 +200,11 @@ def update_scale(maps: LinearMaps, update_rms: float) -> float:
 
 def plan_work(
     tensors: Sequence[LinearMaps],
-    spans_by_rank: Sequence[dict[int, Span]],
+    spans_by_rank: Sequence[dict[int, HeldRange]],
     *,
     rank: int,
     group: Group,
-) -> Work:
+) -> MatrixWork:
     """Divide the blocks of tensors among the ranks that hold parts of them.
 
     Args:
@@ -223,7 +223,7 @@ def plan_work(
             blocks.append(block)
             maps.append(tensor)
     rounds = plan_rounds(blocks, spans_by_rank, rank)
-    return Work(maps=tuple(maps), rounds=rounds, group=group)
+    return MatrixWork(maps=tuple(maps), rounds=rounds, group=group)
 
 
 def _maps_of(partition: FlatPartition) -> list[LinearMaps] | None:
@@ -237,7 +237,7 @@ def _maps_of(partition: FlatPartition) -> list[LinearMaps] | None:
     return found
 
 
-def _work_of(partition: FlatPartition, by_rank: list[dict[str, list[int]]]) -> Work:
+def _work_of(partition: FlatPartition, by_rank: list[dict[str, list[int]]]) -> MatrixWork:
     """Return the work of a partition.
 
     Args:
@@ -252,7 +252,7 @@ def _work_of(partition: FlatPartition, by_rank: list[dict[str, list[int]]]) -> W
         for number, name in enumerate(partition.parameters):
             if name in by_rank[rank]:
                 offset, start, numel = by_rank[rank][name]
-                spans[number] = Span(offset=offset, start=start, numel=numel)
+                spans[number] = HeldRange(offset=offset, start=start, numel=numel)
         spans_by_rank.append(spans)
     rank = torch.distributed.get_rank(partition.group)
     return plan_work(tensors, spans_by_rank, rank=rank, group=partition.group)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpt.parallel.whole_blocks import Block, Span, plan_rounds
+from cpt.parallel.whole_blocks import Block, HeldRange, plan_rounds
 from tests.support.cut_tensors import cut
 from tests.support.threaded_ranks import ThreadedRanks
 
@@ -78,7 +78,7 @@ def test_blocks_that_all_ranks_hold_parts_of_are_divided_evenly() -> None:
     spans = []
     for rank in range(4):
         spans.append(
-            {tensor: Span(offset=3 * rank, start=3 * tensor, numel=3) for tensor in range(8)}
+            {tensor: HeldRange(offset=3 * rank, start=3 * tensor, numel=3) for tensor in range(8)}
         )
     blocks = [Block(tensor=tensor, offset=0, numel=12, cost=1) for tensor in range(8)]
     assert [len(plan_rounds(blocks, spans, rank)[0].blocks) for rank in range(4)] == [2, 2, 2, 2]

@@ -10,7 +10,7 @@ import pytest
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.model.configuration import load_config
 from cpt.model.linear_maps import LinearMaps
-from cpt.parallel.whole_blocks import Span
+from cpt.parallel.whole_blocks import HeldRange
 from cpt.planning.estimate import estimate
 from cpt.planning.hardware import GPUS, Assumptions
 from cpt.planning.host_memory import host_memory
@@ -46,21 +46,21 @@ train: {{seq_len: 4096, global_batch_size: {world_size}, micro_batch_size: 1, to
     return resolve(run, parse_yaml(json.dumps(engine), "ds.json"), MODEL, launch)
 
 
-def spans_of_stage3(tensors: tuple[LinearMaps, ...], ranks: int) -> list[dict[int, Span]]:
+def spans_of_stage3(tensors: tuple[LinearMaps, ...], ranks: int) -> list[dict[int, HeldRange]]:
     """Return what each rank holds if every tensor is cut into equal parts."""
-    spans: list[dict[int, Span]] = [{} for _ in range(ranks)]
+    spans: list[dict[int, HeldRange]] = [{} for _ in range(ranks)]
     starts = [0] * ranks
     for number, maps in enumerate(tensors):
         part = -(-maps.numel // ranks)
         for rank in range(ranks):
             numel = min(part, maps.numel - rank * part)
             if numel > 0:
-                spans[rank][number] = Span(offset=rank * part, start=starts[rank], numel=numel)
+                spans[rank][number] = HeldRange(offset=rank * part, start=starts[rank], numel=numel)
             starts[rank] += part
     return spans
 
 
-def really_moved(tensors: tuple[LinearMaps, ...], spans: list[dict[int, Span]]) -> int:
+def really_moved(tensors: tuple[LinearMaps, ...], spans: list[dict[int, HeldRange]]) -> int:
     """Return the elements that leave their rank when the matrices are gathered."""
     moved = 0
     for rank in range(len(spans)):
