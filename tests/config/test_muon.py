@@ -62,6 +62,11 @@ def test_settings_of_muon_without_muon_are_refused(tmp_path: Path) -> None:
     assert "train.muon.update_rms is 0.3, but train.optimizer is adamw" in found
 
 
+def test_narrow_moments_are_not_for_muon(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, {"optimizer": "muon", "optimizer_state": "bf16"})
+    assert "matrices have one momentum, which is fp32" in found
+
+
 def test_adapters_are_not_for_muon(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, {"optimizer": "muon"}, adapter={"kind": "lora"})
     assert "Muon would orthogonalize the factors A and B" in found
