@@ -34,9 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "bench" / "prove")]
 
 from mxfp4_parts import scale as sizes  # noqa: E402
 
-IS_QUICK = "--quick" in sys.argv
 # the vocabulary must be chosen before anything reads it
-os.environ["GUARD_PROOF_MERGES"] = str((sizes.QUICK if IS_QUICK else sizes.REAL).num_merges)
+NUM_MERGES = 1024
+os.environ["GUARD_PROOF_MERGES"] = str(NUM_MERGES)
 
 from guard_parts.small_vocabulary import shrink  # noqa: E402
 
@@ -50,14 +50,28 @@ from mxfp4_parts.training import Rows, Trainer, scored_sets  # noqa: E402
 
 from cpt.offline.ranks import single_process  # noqa: E402
 
-SMALL_MODEL = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 8}
+SMALL_MODEL = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 """Muon's products grow with the third power of the sizes, and a CPU has to compute them."""
 REAL = Plan(
-    scale=replace(sizes.REAL, model={**sizes.REAL.model, **SMALL_MODEL}, lrs=(3e-4, 1e-3)),
+    scale=replace(
+        sizes.REAL,
+        num_merges=NUM_MERGES,
+        model={**sizes.REAL.model, **SMALL_MODEL},
+        seq_len=256,
+        global_batch_size=4,
+        held_out_bytes=16_000,
+        lrs=(3e-4, 1e-3),
+    ),
     base_lrs=(3e-3,),
-    base_steps=200,
-    check_steps=50,
-    steps=40,
+    base_steps=160,
+    check_steps=40,
+    steps=32,
 )
 QUICK = Plan(
     scale=replace(sizes.QUICK, lrs=(1e-3, 3e-3)),
