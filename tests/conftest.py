@@ -9,6 +9,7 @@ Naming tests/faults runs what is named.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -84,6 +85,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
     items[:] = sorted(kept, key=lambda item: is_short(item.path))
     config.stash[LEFT_OUT] = sum(is_slow(item) for item in left_out)
+
+
+def pytest_collection_finish() -> None:
+    """Freeze what the tests and the libraries have made so far.
+
+    Building an engine collects garbage, which would walk all of it each time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def is_short(path: Path) -> bool:

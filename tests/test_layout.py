@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import functools
+import gc
 import pickle
 import re
 import sys
@@ -82,11 +83,16 @@ def nodes(path: Path) -> tuple[ast.AST, ...]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_nodes() -> Iterator[None]:
-    """Drop a million nodes, which the garbage collector would look at in all later tests."""
+def nodes_of_these_tests() -> Iterator[None]:
+    """Keep a million nodes from the garbage collector, and drop them in the end.
+
+    It would walk all of them again and again while they become more, and in all later tests.
+    """
+    gc.disable()
     yield
     for kept in (calls, nodes, tree):
         kept.cache_clear()
+    gc.enable()
 
 
 def imported_names(path: Path) -> set[str]:

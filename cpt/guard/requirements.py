@@ -8,6 +8,7 @@ which say more than the number of documents.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -208,12 +209,18 @@ def kept_documents(settings: GuardSection, name: str) -> int:
 
 def _least_tolerance(settings: GuardSection, name: str, size: SampleSize, num_tests: int) -> str:
     """Return the least tolerance, in tenths of a percent, that the documents would show."""
-    for tenths in range(1, 10 * MOST_TOLERANCE):
+
+    def is_enough(tenths: int) -> bool:
         limits = DomainLimits(tolerance_percent=tenths / 10, hard_limit_percent=MOST_TOLERANCE)
         wider = replace(settings, domains={**settings.domains, name: limits})
-        if needed_documents(wider, name, size, num_tests) is None:
-            return f"{tenths / 10:g}"
-    return f"more than {MOST_TOLERANCE}"
+        return needed_documents(wider, name, size, num_tests) is None
+
+    # a larger tolerance never needs more documents; small ones take long to compute
+    candidates = range(1, 10 * MOST_TOLERANCE)
+    place = bisect_left(candidates, True, key=is_enough)
+    if place == len(candidates):
+        return f"more than {MOST_TOLERANCE}"
+    return f"{candidates[place] / 10:g}"
 
 
 def acts(settings: GuardSection) -> bool:

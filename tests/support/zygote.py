@@ -10,6 +10,7 @@ client.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -84,7 +85,11 @@ def wait(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is not a reply
-    # DeepSpeed imports this with the first engine, which takes two seconds
+    # the page that a run leaves, with pandas, and what DeepSpeed imports with the first engine:
+    # several seconds of each rank
+    import bokeh.embed
+    import bokeh.plotting  # noqa: F401
+    import deepspeed.runtime.superoffload.superoffload_stage3
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch
     import torch.distributed.checkpoint
@@ -93,6 +98,10 @@ def main() -> None:
     import cpt.job.launch  # noqa: F401
 
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    # Every engine collects garbage several times, which walks half a million objects of the
+    # libraries and so copies their pages into each rank: nobody looks at frozen ones.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         reply = wait(request) if "pids" in request else start(request)
