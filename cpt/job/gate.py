@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.reader import list_steps, step_folder
+from cpt.checkpoint.staging import available_bytes
 from cpt.checkpoint.starting_model import (
     check_starting_weights,
     located,
@@ -90,6 +91,7 @@ from cpt.model.products.layers import products_problems
 from cpt.model.weights.tokenizer_check import tokenizer_problems
 from cpt.planning.fit import Card, PlannedStart, fit_problem, fit_warning
 from cpt.planning.hardware import ANY_GPU, GPUS
+from cpt.planning.host_memory import host_problem
 from cpt.planning.low_precision import products_problem
 from cpt.resilience.devices import memory_of_gpu
 from cpt.resilience.environment import LaunchEnvironment
@@ -200,6 +202,7 @@ class _Gate:
         if self.environment.rank == 0:
             warn_of_settings(self.run_yaml)
             self._check_fit()
+            self._check_host()
             self._check_trackers()
             self._check_weights()
             self._check_kl_targets()
@@ -345,6 +348,14 @@ class _Gate:
         warning = fit_warning(memory, card)
         if warning is not None:
             log.warning("%s%s", where, warning)
+
+    def _check_host(self) -> None:
+        """Refuse to keep more on the host than this node has; a dry run may be elsewhere."""
+        if self.config is None or not self.trains:
+            return
+        ranks = self.environment.local_world_size
+        problem = host_problem(self.config, self.model_config, ranks, available_bytes())
+        self.found_by_one.add([] if problem is None else [problem])
 
     def _card(self) -> Card | None:
         """Return the GPU that was named, or that of this rank; None if there is neither."""

@@ -136,7 +136,8 @@ def describe_memory(passed: PassedGate) -> str:
         fit = fitting_gpus(memory)
     else:
         fit = f"{passed.card.name} has {passed.card.memory_bytes / GIB:.1f} GiB"
-    return f"{memory_tables(config, model)}\n  {fit}"
+    tables = memory_tables(config, model, passed.environment.local_world_size)
+    return f"{tables}\n  {fit}"
 
 
 def describe_data(passed: PassedGate) -> str:

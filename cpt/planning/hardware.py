@@ -316,7 +316,9 @@ def gigabytes(size: float) -> str:
     """Return bytes as memory is sold: GB of 10^9, TB of 10^12 bytes."""
     if size >= 1e12:
         return f"{size / 1e12:.2f} TB"
-    return f"{size / 1e9:,.0f} GB"
+    if size >= 10e9:
+        return f"{size / 1e9:,.0f} GB"
+    return f"{size / 1e9:.3g} GB"
 
 
 def _nvme_lines(gpu: Gpu, ranks: int) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
+from cpt.planning.hardware import gigabytes
 from cpt.planning.memory import (
     GIB,
     ParameterCounts,
@@ -119,15 +120,51 @@ def largest_sub_group(config: RunConfig, counts: ParameterCounts) -> int:
     return max(sum(group) for group in update_groups(config, counts))
 
 
-def memory_tables(config: RunConfig, model: GptOssConfig) -> str:
-    """Return what one rank takes, on its device and, if state is offloaded, elsewhere."""
+def host_problem(
+    config: RunConfig, model: GptOssConfig, ranks_of_node: int, available_bytes: int | None
+) -> str | None:
+    """Return why a node cannot hold what its ranks keep on the host; None if it can.
+
+    Args:
+        config: The layout.
+        model: Gives the sizes.
+        ranks_of_node: Ranks that share the host.
+        available_bytes: What they can still take there; None if that is not known.
+    """
+    parts = host_memory(config, model, counts_of(config, model))
+    needed = ranks_of_node * sum(parts.values())
+    if available_bytes is None or needed <= available_bytes:
+        return None
+    told = [f"{name} {gigabytes(ranks_of_node * size)}" for name, size in parts.items()]
+    return (
+        f"the {ranks_of_node} ranks of this node keep {gigabytes(needed)} on the host "
+        f"({', '.join(told)}), of which {gigabytes(available_bytes)} are available; the kernel "
+        "would end the run. Take more nodes, a smaller train.optimizer_state, "
+        'offload_optimizer with "gradients": "device", or state on NVMe; cpt plan --host_gb N '
+        "--nvme_gb N searches for a layout."
+    )
+
+
+def memory_tables(config: RunConfig, model: GptOssConfig, ranks_of_node: int) -> str:
+    """Return what one rank takes, on its device and, if state is offloaded, elsewhere.
+
+    Args:
+        config: The layout.
+        model: Gives the sizes.
+        ranks_of_node: Ranks that share a host and its disks.
+    """
     counts = counts_of(config, model)
-    places = {
-        "memory": device_memory(config, model, counts),
+    tables = [_table("memory", device_memory(config, model, counts))]
+    shared = {
         "host memory": host_memory(config, model, counts),
         "NVMe space": host_memory(config, model, counts, "nvme"),
     }
-    return "\n".join(_table(place, parts) for place, parts in places.items() if parts)
+    for place, parts in shared.items():
+        if parts:
+            of_node = gigabytes(ranks_of_node * sum(parts.values()))
+            tables.append(_table(place, parts))
+            tables.append(f"  of the {ranks_of_node} ranks of a node: {of_node}")
+    return "\n".join(tables)
 
 
 def _table(place: str, parts: dict[str, int]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from cpt.planning.estimate import Estimate
-from cpt.planning.hardware import Assumptions, Gpu
+from cpt.planning.hardware import Assumptions, Gpu, gigabytes
 from cpt.planning.memory import GIB
 from cpt.planning.part_times import PARTS
 from cpt.planning.traffic import KINDS
+from cpt.storage.state_bytes import gradient_place
 
 Cell = tuple[str, str]
 """Name of the row, and text."""
@@ -64,10 +65,13 @@ def _memory_cells(
     room = assumed.memory_share * gpu.memory_bytes
     cells["  sum"] = f"{_gib(one.memory)} of {room / GIB:.1f}"
     if "host" in places:
-        cells["  host, offloaded"] = _gib(one.host)
+        cells["  host"] = _gib(one.host)
+        ranks = min(one.config.world_size, assumed.ranks_per_node)
+        of_node = gigabytes(ranks * sum(one.host.values()))
+        node = gigabytes(assumed.host_memory_share * assumed.ranks_per_node * gpu.host_memory_bytes)
+        cells["  host of a node"] = f"{of_node} of {node}"
     if "nvme" in places:
-        # how fast a node's disks are is not known
-        cells["  NVMe, its time not counted"] = _gib(one.nvme)
+        cells["  NVMe"] = _gib(one.nvme)
     cells["  fits"] = "yes" if one.fits else "NO"
     return cells
 
@@ -136,16 +140,18 @@ def checkpointing(one: Estimate) -> str:
 
 
 def offloads(one: Estimate) -> str:
-    """Return which state ZeRO keeps elsewhere, and where."""
+    """Return which state ZeRO keeps elsewhere, and where, and if gradients are not there."""
     zero = one.config.engine_json["zero_optimization"]
     places = []
     for name in ("optimizer", "param"):
         if f"offload_{name}" in zero:
             places.append(f"{name} to {zero[f'offload_{name}']['device']}")
+    if gradient_place(one.config.engine_json) == "device":
+        places.append("grads on GPU")
     return ", ".join(places) or "none"
 
 
-_LAYOUT_HEADER = f"{'SP':>4}{'EP':>5}{'ZeRO':>6}{'micro':>7}{'ckpt':>9}  {'offload':<28}"
+_LAYOUT_HEADER = f"{'SP':>4}{'EP':>5}{'ZeRO':>6}{'micro':>7}{'ckpt':>9}  {'offload':<45}"
 _COST_HEADER = f"{'bottleneck':>12}{'tok/s/GPU':>11}{'MFU':>7}{'GPU-h/1e9':>11}"
 HEADER = (
     f"  {'model':<13}{'tokens':>8}{'GPUs':>6}{_LAYOUT_HEADER}"
@@ -166,7 +172,7 @@ def line(model: str, seq_len: int, gpus: int, one: Estimate | None, gpu: Gpu) ->
     memory = sum(one.memory.values()) / GIB
     return (
         f"{head}{config.sp_size:>4}{config.ep_size:>5}{config.zero_stage:>6}{micro:>7}"
-        f"{checkpointing(one):>9}  {offloads(one):<28}{memory:>7.1f}"
+        f"{checkpointing(one):>9}  {offloads(one):<45}{memory:>7.1f}"
         f"{intra:>9.1f}{inter:>8.1f}{one.bottleneck:>12}"
         f"{one.tokens_per_gpu_second:>11,.0f}{one.mfu(gpu):>7.1%}"
         f"{one.gpu_hours_per_billion_tokens:>11,.1f}"
