@@ -61,6 +61,7 @@ def train(options: argparse.Namespace) -> None:
 
     from cpt.config.offload_blocks import OFFLOADS
     from cpt.deepspeed_adapter.shards import state_tensors
+    from cpt.job.memory_report import bytes_on
     from cpt.training.loader import make_micro_batch
 
     block: dict[str, Any] = {"device": options.place}
@@ -84,7 +85,7 @@ def train(options: argparse.Namespace) -> None:
         result = engine.step([batch], [TOKENS], step=step)
         seconds.append(time.perf_counter() - began)
     state = state_tensors(engine.deepspeed)
-    size = sum(tensor.nbytes for tensors in state.values() for tensor in tensors)
+    size = bytes_on("cpu", [tensor for tensors in state.values() for tensor in tensors])
     found = {
         "state": size,
         "anonymous": peak.num_bytes - before,
@@ -135,6 +136,17 @@ def limited(limit_bytes: int) -> Path | None:
     return None
 
 
+def remove(cgroup: Path) -> None:
+    """Remove a cgroup; a process that was killed may take a moment to leave it."""
+    for _ in range(50):
+        try:
+            cgroup.rmdir()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+
+
 def main() -> None:
     """Make all runs and print a table."""
     parser = argparse.ArgumentParser()
@@ -166,7 +178,7 @@ def main() -> None:
     try:
         outcomes = {place: run(options, place, cgroup) for place in PLACES}
     finally:
-        cgroup.rmdir()
+        remove(cgroup)
     for place, (code, found) in outcomes.items():
         line = "killed" if code == -signal.SIGKILL else f"exit code {code}"
         if found:

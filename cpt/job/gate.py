@@ -351,7 +351,7 @@ class _Gate:
 
     def _check_host(self) -> None:
         """Refuse to keep more on the host than this node has; a dry run may be elsewhere."""
-        if self.config is None or not self.trains:
+        if self.config is None or self.is_dry_run or not self.trains:
             return
         ranks = self.environment.local_world_size
         problem = host_problem(self.config, self.model_config, ranks, available_bytes())

@@ -8,6 +8,7 @@ moment with the largest sum.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -277,7 +278,7 @@ def _device_update(
     return FP32_BYTES * largest + copies + masks
 
 
-def update_groups(config: RunConfig, counts: ParameterCounts) -> list[list[int]]:
+def update_groups(config: RunConfig, counts: ParameterCounts) -> tuple[tuple[int, ...], ...]:
     """Return this rank's elements of each matrix, by the groups that the update goes through.
 
     Biases, norms and sinks form groups that are too small to count.
@@ -286,22 +287,42 @@ def update_groups(config: RunConfig, counts: ParameterCounts) -> list[list[int]]
     by_muon = [maps.numel for maps in counts.muon_dense]
     for numel in by_muon:
         by_adamw.remove(numel)
+    sub_group_size = None
+    if config.zero_stage == 3:
+        zero = config.engine_json["zero_optimization"]
+        sub_group_size = int(zero.get("sub_group_size", SUB_GROUP_SIZE))
+    return _groups_of(
+        (tuple(by_adamw), tuple(by_muon)),
+        counts.expert_matrices,
+        config.world_size,
+        config.ep_size,
+        sub_group_size,
+    )
+
+
+@functools.cache
+def _groups_of(
+    dense_matrices: tuple[tuple[int, ...], ...],
+    expert_matrices: tuple[int, ...],
+    world_size: int,
+    ep_size: int,
+    sub_group_size: int | None,
+) -> tuple[tuple[int, ...], ...]:
+    """Return the groups; a search asks for the same ones for every size of micro batches."""
     groups = []
-    for dense in (by_adamw, by_muon):
+    for dense in dense_matrices:
         if dense:
-            groups.append([numel // config.world_size for numel in dense])
-    local = [numel // config.ep_size for numel in counts.expert_matrices]
-    ranks_sharing_experts = config.world_size // config.ep_size
+            groups.append([numel // world_size for numel in dense])
+    local = [numel // ep_size for numel in expert_matrices]
+    ranks_sharing_experts = world_size // ep_size
     for group in expert_groups(local):
         groups.append([numel // ranks_sharing_experts for numel in group])
-    if config.zero_stage != 3:
-        return groups
-    zero = config.engine_json["zero_optimization"]
-    size = int(zero.get("sub_group_size", SUB_GROUP_SIZE))
+    if sub_group_size is None:
+        return tuple(map(tuple, groups))
     parts = []
     for group in groups:
-        parts += sub_groups(group, size)
-    return parts
+        parts += sub_groups(group, sub_group_size)
+    return tuple(map(tuple, parts))
 
 
 def trained_per_rank(config: RunConfig, counts: ParameterCounts) -> int:

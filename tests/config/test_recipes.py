@@ -4,6 +4,7 @@ comment gives the planner's figures.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +28,17 @@ ALL = sorted(
 TUNING = [path for path in ALL if "-sft" in path.stem or "-lora-" in path.stem]
 RECIPES = [path for path in ALL if path not in TUNING]
 LAST_PHASES = [path for path in ALL if "-mxfp4" in path.stem]
-CARDS = {"RTX 4090 24 GB": "rtx4090", "L40S 48 GB": "l40s", "H100 80 GB": "h100"}
+CARDS = {
+    "RTX 4090 24 GB": "rtx4090",
+    "L40S 48 GB": "l40s",
+    "H100 80 GB": "h100",
+    "H200 141 GB": "h200",
+}
+NODES = {"80gb": 2e12}
+"""Host memory of the nodes of 8 GPUs that 120b fits on, by the end of a recipe's name."""
+ON_ONE_NODE = [path for path in RECIPES if "120b" in path.stem and "-8gpu-" in path.stem]
 WANTED = {("20b", 4096, 8), ("20b", 8192, 8), ("20b", 32768, 8), ("20b", 131072, 16)} | {
-    ("120b", seq_len, gpus) for seq_len in (4096, 32768) for gpus in (16, 32, 64)
+    ("120b", seq_len, gpus) for seq_len in (4096, 32768) for gpus in (8, 16, 32, 64)
 }
 
 
@@ -113,7 +122,7 @@ def test_last_phase_rounds_from_its_first_step_what_another_recipe_has_trained(p
 def dry_run(monkeypatch: pytest.MonkeyPatch, large_disk: None) -> Callable[..., int]:
     """`dry_run(recipe, setting, ...)`: the exit code of the recipe's dry run, on its GPUs."""
 
-    def run(recipe: Recipe, *settings: str) -> int:
+    def run(recipe: Recipe, *settings: str, gpu: str | None = None) -> int:
         ranks = {
             "RANK": 0,
             "LOCAL_RANK": 0,
@@ -134,6 +143,8 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, large_disk: None) -> Callable[..., 
         if load(recipe.path, recipe.ds_config, {})[0].adapter.base == "mxfp4":
             no_weights_ship.append("adapter.base=bf16")  # random weights cannot be packed
         options = [word for item in [*no_weights_ship, *settings] for word in ("--set", item)]
+        if gpu is not None:
+            options += ["--gpu", gpu]
         return main([*files, "--dry_run", *options], StopRequest())
 
     return run
@@ -151,6 +162,28 @@ def test_recipe_passes_its_dry_run_once_its_corpora_are_there(
     assert re.search(rf"world size +{recipe.world_size}\n", printed)
     assert "memory of one rank" in printed
     assert f"--config {path.relative_to(ROOT)}" in recipe.comment
+
+
+def test_120b_has_recipes_for_one_node_of_each_kind() -> None:
+    found = {tuple(path.stem.split("-")[3::2]) for path in ON_ONE_NODE}
+    assert found == set(itertools.product(("4k", "32k"), NODES))
+
+
+@pytest.mark.parametrize("path", ON_ONE_NODE, ids=lambda path: path.stem)
+def test_120b_on_one_node_leaves_a_tenth_of_device_and_host_free(
+    path: Path, dry_run: Callable[..., int], capsys: Any, tmp_path: Path
+) -> None:
+    recipe = Recipe(path)
+    run, _ = load(path, recipe.ds_config, {})
+    assert run.checkpoint.async_save == "stream", "a copy of the state would be 1.4 TB"
+    mix = template_with_corpora(run.data.mix.stem, tmp_path, seq_len=run.train.seq_len)
+    assert dry_run(recipe, f"data.mix={mix}", gpu=recipe.gpu) == 0
+    printed = capsys.readouterr().out
+    device = float(re.findall(r"sum +([\d.]+) GiB", printed)[0])
+    assert device * 2**30 <= 0.9 * GPUS[recipe.gpu].memory_bytes
+    size, unit = re.findall(r"of the 8 ranks of a node: ([\d.,]+) (GB|TB)", printed)[0]
+    host = float(size) * {"GB": 1e9, "TB": 1e12}[unit]
+    assert 0 < host <= 0.9 * NODES[path.stem.rsplit("-", 1)[1]]
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)

@@ -11,7 +11,12 @@ from cpt.config import LaunchInfo, RunConfig, load, resolve
 from cpt.model.configuration import load_config
 from cpt.planning.estimate import estimate
 from cpt.planning.hardware import GPUS, Assumptions, Gpu
-from cpt.planning.host_memory import host_memory, largest_sub_group, page_locked_bytes
+from cpt.planning.host_memory import (
+    host_memory,
+    host_problem,
+    largest_sub_group,
+    page_locked_bytes,
+)
 from cpt.planning.host_work import Copies, copies, nvme_bytes, update_bytes, update_seconds
 from cpt.planning.memory import count_parameters, device_memory, trained_per_rank
 from data_pipeline.config.strict_yaml import Located
@@ -167,3 +172,16 @@ def test_page_locked_memory_is_rounded_up_to_a_power_of_two() -> None:
     assert host[name] == page_locked_bytes(SUMS) - SUMS
     pageable = resolved(optimizer={"pin_memory": False})
     assert name not in host_memory(pageable, MODEL, COUNTS)
+
+
+def test_node_without_the_memory_is_told_what_takes_it_and_what_to_do() -> None:
+    config = resolved(optimizer={"pin_memory": False})
+    needed = 8 * sum(host_memory(config, MODEL, COUNTS).values())
+    assert host_problem(config, MODEL, 8, None) is None
+    assert host_problem(config, MODEL, 8, needed) is None
+    problem = host_problem(config, MODEL, 8, needed - 1)
+    assert problem is not None
+    assert f"keep {needed / 1e9:.0f} GB on the host" in problem
+    assert "optimizer 251 GB, gradients 84 GB" in problem
+    assert '"gradients": "device"' in problem
+    assert host_problem(resolved(), MODEL, 8, 0) is None, "nothing is offloaded"
