@@ -286,10 +286,12 @@ class _Planner:
 
 def _recipe(layout: Layout) -> str:
     """Return the settings that give a layout."""
-    settings = {
+    settings: dict[str, object] = {
         "model.activation_checkpointing": layout.activation_checkpointing,
         "model.offload_checkpoints": layout.offload_checkpoints,
         "train.micro_batch_size": layout.micro_batch_size,
     }
+    if layout.optimizer_state is not None:
+        settings["train.optimizer_state"] = layout.optimizer_state
     text = " ".join(f"{key}={value}".lower() for key, value in settings.items())
     return f"best found, DeepSpeed JSON: {json.dumps(layout.json())}\nbest found, run YAML: {text}"

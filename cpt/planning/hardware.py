@@ -77,6 +77,8 @@ class Gpu:
     """This GPU's share of host memory bandwidth: about 300 GB/s sustained on two sockets, for
     eight.
     """
+    host_cores: float = 12.0
+    """This GPU's share of the host's cores: 96 for eight."""
     nvme_bytes: float = 0.0
     """This GPU's share of the space on the node's NVMe disks; 0 if nothing is known of them."""
     nvme_bytes_per_second: float = 3e9
@@ -152,6 +154,7 @@ def _gh200(name: str, *, memory_bytes: float, hbm_bytes_per_second: float) -> Gp
         pcie_bytes_per_second=190e9,
         host_memory_bytes=480e9,
         host_bytes_per_second=190e9,
+        host_cores=72,
         ranks_per_node=1,
         fp8_flops=1979e12,
     )
@@ -423,9 +426,9 @@ class Assumptions:
             "device memory may be filled",
             f"host: {gigabytes(ranks * gpu.host_memory_bytes)} per node (--host_gb), of which "
             f"offloaded state may fill {self.host_memory_share:.0%}; "
-            f"{ranks * gpu.host_bytes_per_second / 1e9:,.0f} GB/s of memory bandwidth, shared by "
-            f"its ranks; {gpu.pcie_bytes_per_second / 1e9:.0f} GB/s per GPU and direction between "
-            "them",
+            f"{ranks * gpu.host_bytes_per_second / 1e9:,.0f} GB/s of memory bandwidth and "
+            f"{ranks * gpu.host_cores:,.0f} cores, shared by its ranks; "
+            f"{gpu.pcie_bytes_per_second / 1e9:.0f} GB/s per GPU and direction between them",
             *_nvme_lines(gpu, ranks),
         ]
 

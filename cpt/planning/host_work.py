@@ -17,7 +17,8 @@ The update follows the last backward, and nothing else runs meanwhile:
 
     norm       gradients on the host are read once
     Adam       reads the gradient and the state, and writes the state: as fast as the host's memory,
-               which the ranks of a node share
+               which the ranks of a node share, or as its cores, which they share, too: moments in
+               fewer bytes take more arithmetic
     weights    are rounded on the host and copied to the device, one sub-group after the other
     gradients  of ZeRO-3 on the device come a sub-group ahead, beside Adam: only the time of the
                first one shows
@@ -32,11 +33,17 @@ from cpt.config import RunConfig
 from cpt.planning.hardware import Gpu
 from cpt.planning.host_memory import largest_sub_group
 from cpt.planning.matrix_updates import HOST_MUON_BYTES
-from cpt.planning.memory import ParameterCounts, state_bytes, trained_per_rank
+from cpt.planning.memory import ParameterCounts, optimizer_state, trained_per_rank
 from cpt.storage.state_bytes import (
     FP32_BYTES,
+    MomentForm,
     gradient_place,
 )
+
+ADAM_CORE_SECONDS: dict[MomentForm, float] = {"fp32": 1.6e-9, "bf16": 5.7e-9, "int8": 15.8e-9}
+"""Time in which a core updates a parameter, by the form of its moments: bench/optimizer.py with
+--clock cpu on an Intel Xeon of which others used a part (27 November 2026, one thread).
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,44 +126,44 @@ def update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> dict
         gpu: The GPU with its shares of the node.
     """
     trained = trained_per_rank(config, counts)
-    by_muon = counts.by_muon // config.world_size
-    memory_bytes = update_bytes(config, trained) + HOST_MUON_BYTES * by_muon
+    # What Muon's update moves is counted beyond AdamW's, whose second moment it lacks.
+    by_muon = (HOST_MUON_BYTES + 2 * FP32_BYTES) * (counts.by_muon // config.world_size)
+    memory = (update_bytes(config, counts) + by_muon) / gpu.host_bytes_per_second
+    cores = trained * ADAM_CORE_SECONDS[config.train.optimizer_state] / gpu.host_cores
     link_bytes = 0.0
     if "offload_param" not in config.engine_json["zero_optimization"]:
         link_bytes += config.itemsize * trained
     if gradient_place(config.engine_json) == "device" and config.zero_stage == 3:
         link_bytes += FP32_BYTES * largest_sub_group(config, counts)
-    seconds = {
-        "update": memory_bytes / gpu.host_bytes_per_second + link_bytes / gpu.pcie_bytes_per_second
-    }
-    on_nvme = nvme_bytes(config, trained)
-    if config.engine_json["zero_optimization"]["offload_optimizer"].get("device") == "nvme":
-        on_nvme -= 2 * FP32_BYTES * by_muon  # there is no second moment
+    seconds = {"update": max(memory, cores) + link_bytes / gpu.pcie_bytes_per_second}
+    on_nvme = nvme_bytes(config, counts)
     if on_nvme:
         seconds["NVMe"] = on_nvme / gpu.nvme_bytes_per_second
     return seconds
 
 
-def update_bytes(config: RunConfig, numel: int) -> int:
-    """Return the bytes of host memory that the update of parameters reads and writes."""
-    adam = FP32_BYTES * numel + 2 * state_bytes(config, numel)
+def update_bytes(config: RunConfig, counts: ParameterCounts) -> int:
+    """Return the bytes of host memory that a rank's update reads and writes."""
+    trained = trained_per_rank(config, counts)
+    adam = FP32_BYTES * trained + 2 * optimizer_state(config, counts)
     # The norm reads a gradient on the host once; one from the device is written when it arrives.
     gradient = FP32_BYTES
     # The master weight is read and rounded to the working precision, and the link reads that.
     rounding = FP32_BYTES + 2 * config.itemsize
-    return adam + (gradient + rounding) * numel
+    return adam + (gradient + rounding) * trained
 
 
-def nvme_bytes(config: RunConfig, numel: int) -> int:
-    """Return the bytes of trained parameters that a step reads from NVMe and writes there."""
+def nvme_bytes(config: RunConfig, counts: ParameterCounts) -> int:
+    """Return the bytes that a rank reads from NVMe and writes there in a step."""
+    trained = trained_per_rank(config, counts)
     zero = config.engine_json["zero_optimization"]
     moved = 0
     if zero.get("offload_optimizer", {}).get("device") == "nvme":
-        moved += 2 * state_bytes(config, numel)
+        moved += 2 * optimizer_state(config, counts)
         if gradient_place(config.engine_json) == "host":
             # a sum is read and written in every micro step, and read by Adam
-            moved += (2 * config.gradient_accumulation_steps + 1) * FP32_BYTES * numel
+            moved += (2 * config.gradient_accumulation_steps + 1) * FP32_BYTES * trained
     if zero.get("offload_param", {}).get("device") == "nvme":
         # gathered twice in every micro step, and written by the update
-        moved += (2 * config.gradient_accumulation_steps + 1) * config.itemsize * numel
+        moved += (2 * config.gradient_accumulation_steps + 1) * config.itemsize * trained
     return moved

@@ -1,10 +1,11 @@
 """The search over all valid layouts of a model on a number of GPUs for the fastest that fits.
 
 A layout is sequence- and expert-parallel size, ZeRO stage, micro batch size, activation
-checkpointing, and what is offloaded where. State goes to NVMe only if no layout fits without that,
-since it is slow. The rules of divisibility are those of `cpt.config.resolve`, which has
-the last word on the winner.  ZeRO 1 is left out: in bf16 it cannot accumulate gradients in fp32
-here.
+checkpointing, and what is offloaded where. If no layout fits with the moments as the run YAML has
+them, they are tried in fewer bytes; if none fits then, state goes to NVMe, which is slow.
+
+The rules of divisibility are those of `cpt.config.resolve`, which has the last word on the winner.
+ZeRO 1 is left out: in bf16 it cannot accumulate gradients in fp32 here.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.config.block_parts import block_problems
+from cpt.errors import ConfigError
 from cpt.planning.estimate import Estimate, estimate, estimate_if_it_fits
 from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts
+from cpt.storage.state_bytes import MomentForm
 from data_pipeline.config.strict_yaml import Located
 
 ZERO_STAGES = (3, 2)
@@ -68,6 +71,8 @@ ON_NVME = (
     Places(offloads=OPTIMIZER_AND_WEIGHTS, on_nvme=OPTIMIZER),
     Places(offloads=OPTIMIZER_AND_WEIGHTS, on_nvme=OPTIMIZER_AND_WEIGHTS),
 )
+FORMS: tuple[MomentForm, ...] = ("fp32", "bf16", "int8")
+"""Forms of Adam's moments; each takes fewer bytes than the one before."""
 CHECKPOINTING = ((False, False), (True, False), (True, True))
 """Pairs of (activation_checkpointing, offload_checkpoints)."""
 SIMPLER_UNTIL = 1.02
@@ -85,6 +90,8 @@ class Layout:
     activation_checkpointing: bool
     offload_checkpoints: bool
     places: Places = IN_MEMORY[0]
+    optimizer_state: MomentForm | None = None
+    """The form of Adam's moments; None for that of the run YAML."""
 
     def json(self) -> dict[str, Any]:
         """Return the DeepSpeed JSON that asks for this layout."""
@@ -121,7 +128,11 @@ class Layout:
                 activation_checkpointing=self.activation_checkpointing,
                 offload_checkpoints=self.offload_checkpoints,
             ),
-            train=replace(run.train, micro_batch_size=self.micro_batch_size),
+            train=replace(
+                run.train,
+                micro_batch_size=self.micro_batch_size,
+                optimizer_state=self.optimizer_state or run.train.optimizer_state,
+            ),
         )
 
     def simplicity(self) -> tuple[int, ...]:
@@ -230,15 +241,34 @@ def search(
     Returns:
         The layout and its estimate; None if no layout fits.
     """
-    choices = [IN_MEMORY, ON_NVME] if gpu.nvme_bytes else [IN_MEMORY]
-    for places in choices:
-        found = layouts(run, model, world_size, places)
-        fitting = _fitting(found, run, model, counts, world_size, gpu, assumed)
+    for places, form in _attempts(run, gpu):
+        in_form = replace(run, train=replace(run.train, optimizer_state=form))
+        found = layouts(in_form, model, world_size, places)
+        try:
+            fitting = _fitting(found, in_form, model, counts, world_size, gpu, assumed)
+        except ConfigError:
+            if form == run.train.optimizer_state:
+                raise
+            continue  # the run cannot have its moments in that form
         if fitting:
             layout = _simplest_fast(fitting)
+            if form != run.train.optimizer_state:
+                layout = replace(layout, optimizer_state=form)
             config = as_config(layout, run, model, world_size)
             return layout, estimate(config, model, counts, gpu, assumed)
     return None
+
+
+def _attempts(run: RunYaml, gpu: Gpu) -> Iterator[tuple[tuple[Places, ...], MomentForm]]:
+    """Yield (places of state, form of the moments), from what costs least to what costs most."""
+    own = run.train.optimizer_state
+    forms = [own]
+    if not run.adapter.is_on:
+        forms = list(FORMS[FORMS.index(own) :])
+    for form in forms:
+        yield IN_MEMORY, form
+    if gpu.nvme_bytes:
+        yield ON_NVME, own
 
 
 def _fitting(

@@ -148,10 +148,12 @@ def offloads(one: Estimate) -> str:
             places.append(f"{name} to {zero[f'offload_{name}']['device']}")
     if gradient_place(one.config.engine_json) == "device":
         places.append("grads on GPU")
+    if one.config.train.optimizer_state != "fp32":
+        places.append(f"moments {one.config.train.optimizer_state}")
     return ", ".join(places) or "none"
 
 
-_LAYOUT_HEADER = f"{'SP':>4}{'EP':>5}{'ZeRO':>6}{'micro':>7}{'ckpt':>9}  {'offload':<45}"
+_LAYOUT_HEADER = f"{'SP':>4}{'EP':>5}{'ZeRO':>6}{'micro':>7}{'ckpt':>9}  {'offload':<58}"
 _COST_HEADER = f"{'bottleneck':>12}{'tok/s/GPU':>11}{'MFU':>7}{'GPU-h/1e9':>11}"
 HEADER = (
     f"  {'model':<13}{'tokens':>8}{'GPUs':>6}{_LAYOUT_HEADER}"
@@ -172,7 +174,7 @@ def line(model: str, seq_len: int, gpus: int, one: Estimate | None, gpu: Gpu) ->
     memory = sum(one.memory.values()) / GIB
     return (
         f"{head}{config.sp_size:>4}{config.ep_size:>5}{config.zero_stage:>6}{micro:>7}"
-        f"{checkpointing(one):>9}  {offloads(one):<45}{memory:>7.1f}"
+        f"{checkpointing(one):>9}  {offloads(one):<58}{memory:>7.1f}"
         f"{intra:>9.1f}{inter:>8.1f}{one.bottleneck:>12}"
         f"{one.tokens_per_gpu_second:>11,.0f}{one.mfu(gpu):>7.1%}"
         f"{one.gpu_hours_per_billion_tokens:>11,.1f}"

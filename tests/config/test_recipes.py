@@ -34,7 +34,7 @@ CARDS = {
     "H100 80 GB": "h100",
     "H200 141 GB": "h200",
 }
-NODES = {"80gb": 2e12}
+NODES = {"80gb": 2e12, "141gb": 1e12}
 """Host memory of the nodes of 8 GPUs that 120b fits on, by the end of a recipe's name."""
 ON_ONE_NODE = [path for path in RECIPES if "120b" in path.stem and "-8gpu-" in path.stem]
 WANTED = {("20b", 4096, 8), ("20b", 8192, 8), ("20b", 32768, 8), ("20b", 131072, 16)} | {

@@ -17,7 +17,14 @@ from cpt.planning.host_memory import (
     largest_sub_group,
     page_locked_bytes,
 )
-from cpt.planning.host_work import Copies, copies, nvme_bytes, update_bytes, update_seconds
+from cpt.planning.host_work import (
+    ADAM_CORE_SECONDS,
+    Copies,
+    copies,
+    nvme_bytes,
+    update_bytes,
+    update_seconds,
+)
 from cpt.planning.memory import count_parameters, device_memory, trained_per_rank
 from data_pipeline.config.strict_yaml import Located
 from tests.support.launcher import ROOT
@@ -100,12 +107,25 @@ def test_computing_waits_for_copies_to_memory_that_is_not_page_locked() -> None:
 def test_update_reads_and_writes_the_state_and_moves_the_weights() -> None:
     """fp32: 28 bytes of Adam, 4 of the norm, 4 + 2 + 2 of the weights on their way."""
     config = resolved(optimizer={})
-    assert update_bytes(config, 1) == 40
+    assert update_bytes(config, COUNTS) == 40 * TRAINED
     expected = TRAINED * 40 / 40e9 + TRAINED * 2 / 50e9
     assert update_seconds(config, COUNTS, GPU) == {"update": pytest.approx(expected)}
     on_host = resolved(optimizer={}, param={})
     expected = TRAINED * 40 / 40e9
     assert update_seconds(on_host, COUNTS, GPU) == {"update": pytest.approx(expected)}
+
+
+def test_moments_in_fewer_bytes_take_less_memory_and_more_of_the_cores() -> None:
+    fp32 = resolved(optimizer={})
+    bf16 = replace(fp32, train=replace(fp32.train, optimizer_state="bf16"))
+    assert update_bytes(fp32, COUNTS) - update_bytes(bf16, COUNTS) == 2 * 4 * TRAINED
+    few = replace(GPU, host_cores=1.0)
+    link = TRAINED * 2 / 50e9
+    expected = TRAINED * ADAM_CORE_SECONDS["bf16"] + link
+    assert update_seconds(bf16, COUNTS, few)["update"] == pytest.approx(expected)
+    many = replace(GPU, host_cores=100.0)
+    expected = TRAINED * 32 / 40e9 + link
+    assert update_seconds(bf16, COUNTS, many)["update"] == pytest.approx(expected)
 
 
 def test_only_the_first_sub_group_of_gradients_on_the_device_is_waited_for() -> None:
@@ -117,10 +137,11 @@ def test_only_the_first_sub_group_of_gradients_on_the_device_is_waited_for() -> 
 
 def test_state_on_nvme_is_read_and_written_by_the_disks() -> None:
     block = {"device": "nvme", "nvme_path": "runs/nvme"}
-    assert nvme_bytes(resolved(optimizer={}), 1) == 0
+    assert nvme_bytes(resolved(optimizer={}), COUNTS) == 0
     device = resolved(optimizer={**block, "gradients": "device"})
-    assert nvme_bytes(device, 1) == 2 * 12
-    assert nvme_bytes(resolved(optimizer=block), 1) == 2 * 12 + (2 * MICRO_STEPS + 1) * 4
+    assert nvme_bytes(device, COUNTS) == 2 * 12 * TRAINED
+    sums = (2 * MICRO_STEPS + 1) * 4
+    assert nvme_bytes(resolved(optimizer=block), COUNTS) == (2 * 12 + sums) * TRAINED
     gpu = replace(GPU, nvme_bytes_per_second=2e9)
     one = estimate(device, MODEL, COUNTS, gpu, Assumptions())
     assert one.seconds["NVMe"] == pytest.approx(TRAINED * 24 / 2e9)
