@@ -27,7 +27,7 @@ from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import TrainingEngine
 from cpt.training.loader import make_micro_batch
 from data_pipeline.config.strict_yaml import parse_yaml
-from tests.dist.cases import ROWS, Scenario, num_predicted, rows_of_step
+from tests.dist.cases import Scenario, num_predicted, rows_of_step
 from tests.dist.worker import run_yaml
 
 
@@ -72,11 +72,13 @@ def report(
     return {"different": different, "bytes_read": source.bytes_read, **numel}
 
 
-def first_loss(engine: TrainingEngine, topology: Topology) -> float:
-    """Return the loss of one step on the rows of step 0."""
+def first_loss(engine: TrainingEngine, topology: Topology, size: int) -> float:
+    """Return the loss of one step on the rows of step 0, in micro batches of some rows."""
     rows = rows_of_step(0)
-    mine = range(topology.dp_rank, ROWS, topology.dp_size)
-    batches = [make_micro_batch([rows[i]], [0], topology) for i in mine]
+    mine = rows[topology.dp_rank :: topology.dp_size]
+    batches = []
+    for first in range(0, len(mine), size):
+        batches.append(make_micro_batch(mine[first : first + size], [0] * size, topology))
     return engine.step(batches, [num_predicted(rows)], step=1).loss
 
 
@@ -96,7 +98,7 @@ def main() -> None:
         expected = folder / f"{directory}-expected.safetensors"
         found = report(engine, source, topology, expected)
         reports = gather_json(found, topology.control_group)
-        loss = first_loss(engine, topology)
+        loss = first_loss(engine, topology, scenario.micro_batch_size)
         if topology.rank == 0:
             out = folder / f"{directory}-{scenario.name}.json"
             out.write_text(json.dumps({"loss": loss, "ranks": reports}))

@@ -5,7 +5,6 @@ Tolerances as in test_layout_parity: fp32 sums in another order.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,23 @@ import pytest
 
 from cpt.checkpoint.manifest import PARTS
 from cpt.checkpoint.reader import step_folder
-from tests.dist.cases import Scenario, parameter_file, rows_of_two_passes
-from tests.dist.test_layout_parity import Reference, assert_alike, assert_same_tensors, stored
+from tests.dist.cases import Scenario, rows_of_two_passes
+from tests.dist.test_layout_parity import (
+    Reference,
+    assert_alike,
+    assert_same_tensors,
+    key_of,
+    run_together,
+    stored,
+)
 from tests.support.checkpoints import as_format_1
-from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist
 
-HALF = 2
-LAST = 4
-"""The runs are saved after step 2, and steps 3 and 4 are compared."""
+HALF = 1
+LAST = 3
+"""The runs are saved after step 1, and steps 2 and 3 are compared: the loss of step 3 shows the
+moments that step 2 went on with."""
 FIRST = Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, steps=HALF)
 FIRST_STAGE1 = Scenario(world_size=2, sp=1, ep=2, stage=1, steps=HALF)
 LAYOUTS = [
@@ -52,8 +58,9 @@ def resumed(first: Scenario, layout: tuple[int, int, int, int], *, steps: int = 
     )
 
 
-RESUMED = [resumed(FIRST, layout) for layout in LAYOUTS]
-RESUMED.append(resumed(FIRST_STAGE1, (2, 2, 1, 3)))
+OLD = resumed(FIRST_STAGE1, (1, 1, 1, 2))
+"""Goes on from a checkpoint of format 1."""
+RESUMED = [*(resumed(FIRST, layout) for layout in LAYOUTS), OLD]
 UNTOUCHED = resumed(FIRST, (2, 1, 2, 2), steps=HALF)
 
 
@@ -69,19 +76,14 @@ def reference(folder: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def results(folder: Path, reference: Reference) -> dict[str, list[dict[str, Any]]]:
-    run(folder, [FIRST])
-    run(folder, [FIRST_STAGE1])
-    as_format_1(step_folder(folder / FIRST_STAGE1.name, HALF))  # old checkpoints are resumed, too
-    scenarios = [*RESUMED, UNTOUCHED]
-    for world_size in (1, 2, 4):
-        run(folder, [scenario for scenario in scenarios if scenario.world_size == world_size])
-    return {s.name: json.loads(parameter_file(folder, s).read_text()) for s in scenarios}
-
-
-def run(folder: Path, scenarios: list[Scenario]) -> None:
-    world_size = scenarios[0].world_size
-    arguments = [str(folder), *(scenario.dump() for scenario in scenarios)]
-    assert launch(ROOT / "tests" / "dist" / "worker.py", world_size, arguments) == [0] * world_size
+    scenarios = [FIRST, FIRST_STAGE1, *RESUMED, UNTOUCHED]
+    found = {}
+    for world_size in (4, 2, 1):  # those that are resumed come first
+        chosen = [scenario for scenario in scenarios if scenario.world_size == world_size]
+        found.update(run_together(folder, chosen, world_size, timeout_seconds=300))
+        if world_size == FIRST_STAGE1.world_size:  # old checkpoints are resumed, too
+            as_format_1(step_folder(folder / FIRST_STAGE1.name, HALF))
+    return found
 
 
 @pytest.mark.parametrize("scenario", RESUMED, ids=lambda s: s.name)
@@ -91,7 +93,7 @@ def run(folder: Path, scenarios: list[Scenario]) -> None:
 def test_any_layout_goes_on_with_the_losses_of_the_run_that_never_changed(
     scenario, results, reference
 ) -> None:
-    steps = results[scenario.name]
+    steps = results[key_of(scenario)]
     assert len(steps) == LAST - HALF
     assert_alike(steps, reference.losses[HALF:], reference.norms[HALF:])
 

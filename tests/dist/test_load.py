@@ -25,9 +25,12 @@ pytestmark = pytest.mark.dist
 
 WORKER = Path(__file__).with_name("load_worker.py")
 LAYOUTS = {
-    1: [Scenario(world_size=1, sp=1, ep=1, stage=3)],
-    2: [Scenario(world_size=2, sp=1, ep=2, stage=3)],
-    4: [Scenario(world_size=4, sp=2, ep=2, stage=3), Scenario(world_size=4, sp=1, ep=2, stage=1)],
+    1: [Scenario(world_size=1, sp=1, ep=1, stage=3, micro_batch_size=4)],
+    2: [Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=2)],
+    4: [
+        Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2),
+        Scenario(world_size=4, sp=1, ep=2, stage=1, micro_batch_size=2),
+    ],
 }
 SCENARIOS = list(itertools.chain.from_iterable(LAYOUTS.values()))
 DIRECTORIES = ("bf16", "mxfp4")

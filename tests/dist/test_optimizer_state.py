@@ -89,7 +89,8 @@ def test_moments_are_those_of_one_process(scenario, results, references, folder)
         for name, values in expected.items():
             scale = values.abs().clamp(min=float(values.abs().max()) * 1e-4)
             error = (found[name] - values).abs() / scale
-            assert float((error > 0.5 * unit).double().mean()) < 0.01, (part, name)
+            num_others = int((error > 0.5 * unit).sum())
+            assert num_others <= max(1, values.numel() // 100), (part, name)
 
 
 @pytest.mark.parametrize("scenario", SAME, ids=lambda s: s.name)

@@ -32,7 +32,7 @@ from tests.support.adapters import write_adapter
 SECTIONS = {
     "all": AdapterSection(kind="lora", rank=16, expert_rank=8, alpha=8.0),
     "shared": AdapterSection(kind="lora", rank=8, share_experts=True, alpha=20.0),
-    "some_layers": AdapterSection(kind="lora", layers=(1, 3), rank=8, expert_rank=16),
+    "some_layers": AdapterSection(kind="lora", layers=(0, 2), rank=8, expert_rank=16),
     "down_only": AdapterSection(kind="lora", targets=("q_proj", "down_proj"), expert_rank=8),
     "experts": AdapterSection(kind="lora", targets=("experts",), rank=4, expert_rank=8, alpha=6.0),
     "dora": AdapterSection(kind="dora", targets=("attention",), rank=8, alpha=12.0),
