@@ -14,6 +14,8 @@ BIN    := $(abspath $(VENV)/bin)
 READY  := $(VENV)/.installed
 
 export PATH := $(BIN):$(PATH)
+# without bytecode every process that a test starts compiles the project anew, and pytest all tests
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test faults check format bench prove oracle gpu gpu-wheels corpus sbom audit licenses install clean
 train: $(READY)

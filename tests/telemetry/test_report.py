@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,13 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+@cache
+def page_of(name: str) -> str:
+    """Return the page of one of `SHAPES`, drawn once for all tests that look at it."""
+    with TemporaryDirectory() as folder:
+        return page(Path(folder), *SHAPES[name])
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_run_of_any_shape_gives_a_well_formed_page_without_a_missing_coordinate(
     name: str, tmp_path: Path
@@ -173,8 +181,8 @@ def test_run_of_any_shape_gives_a_well_formed_page_without_a_missing_coordinate(
         assert np.all(np.isfinite(numbers)) and "nan" not in values
 
 
-def test_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
-    text = page(tmp_path, *long_run())
+def test_page_refers_to_nothing_outside_itself() -> None:
+    text = page_of("long")
     tags = Tags(text)
     assert not tags.names & {
         "link",
@@ -203,9 +211,9 @@ def test_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     assert "//" not in re.sub(r"<script.*?</script>", "", own, flags=re.DOTALL)
 
 
-def test_browser_is_forbidden_to_fetch_anything(tmp_path: Path) -> None:
+def test_browser_is_forbidden_to_fetch_anything() -> None:
     """Whatever the drawing library might want to load, the policy of the page denies it."""
-    text = page(tmp_path, *long_run())
+    text = page_of("long")
     policy = re.findall(r'http-equiv="Content-Security-Policy" content="(.*?)"', text)
     assert policy == [
         "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -231,7 +239,7 @@ def test_content_of_files_is_escaped(tmp_path: Path) -> None:
     text = page(tmp_path, *events, config=config)
     tags = Tags(text)
     assert not tags.names & {"img", "b"} and "onerror" not in tags.attributes
-    assert text.count("<script") == page(tmp_path, step(1)).count("<script")
+    assert text.count("<script") == page_of("one step").count("<script")
     assert "<script>alert" not in text and "<i>" not in text
     assert "\u202e" not in text
 
@@ -282,8 +290,8 @@ def test_lines_that_are_no_events_are_passed_over(tmp_path: Path) -> None:
     assert read_run(folder).steps.tolist() == [1]
 
 
-def test_headline_numbers_are_those_of_the_log(tmp_path: Path) -> None:
-    assert tiles(page(tmp_path, *long_run())) == {
+def test_headline_numbers_are_those_of_the_log() -> None:
+    assert tiles(page_of("long")) == {
         "Tokens": "30 k",
         "Last loss": "3.000",
         "Tokens/s, median": "500",
@@ -298,8 +306,8 @@ def test_non_finite_loss_is_told(tmp_path: Path) -> None:
     assert "not a finite number at 2 of 3 steps, first at step 2" in text
 
 
-def test_tolerance_comes_from_the_configuration(tmp_path: Path) -> None:
-    assert "tolerance +1.5 %" in page(tmp_path, *long_run())
+def test_tolerance_comes_from_the_configuration() -> None:
+    assert "tolerance +1.5 %" in page_of("long")
 
 
 @pytest.mark.parametrize("config", [None, "[1, 2]", "a: [", "guard: 3"])
@@ -329,7 +337,7 @@ def test_phases_of_the_mix_are_named_with_their_first_steps(tmp_path: Path) -> N
     events = [step(number, phase=name) for number, name in enumerate(phases, 1)]
     text = page(tmp_path, *events)
     assert "phases: main from step 1, shift from step 4, anneal from step 8" in text
-    assert "phases:" not in page(tmp_path, step(1))
+    assert "phases:" not in page_of("one step")
 
 
 @pytest.mark.parametrize("mix", ["/dev/zero", "pipe", "large"])
@@ -341,11 +349,11 @@ def test_mix_that_is_no_small_file_is_not_read(mix: str, tmp_path: Path) -> None
     assert source_languages(read_run(run_dir(tmp_path, step(1), config=config))) == {}
 
 
-def test_routers_are_shown_by_language_and_only_if_measured(tmp_path: Path) -> None:
-    text = page(tmp_path, *SHAPES["routers"])
+def test_routers_are_shown_by_language_and_only_if_measured() -> None:
+    text = page_of("routers")
     section = text[text.index("<h2>Routers") :]
     assert "assignments dropped: 0" in section and "ja 25" in section and "all 2.5," in section
-    assert "<h2>Routers" not in page(tmp_path, *SHAPES["long"])
+    assert "<h2>Routers" not in page_of("long")
 
 
 def test_divergence_from_the_base_model_is_shown_by_source_and_only_if_measured(
@@ -356,7 +364,7 @@ def test_divergence_from_the_base_model_is_shown_by_source_and_only_if_measured(
     assert (
         "Divergence from the base model" in text and "en_web 0.2<" in text and "en_code" not in text
     )
-    assert "Divergence" not in page(tmp_path, step(1))
+    assert "Divergence" not in page_of("one step")
 
 
 def test_traces_are_shown_by_domain_and_only_if_measured(tmp_path: Path) -> None:
@@ -366,7 +374,7 @@ def test_traces_are_shown_by_domain_and_only_if_measured(tmp_path: Path) -> None
     assert "en-math" in section and "0.03, red" in section and "ja-math" in section
     assert "raise_replay, step 30" in text
     assert "Held-out bits per byte" not in text
-    assert "own replies" not in page(tmp_path, step(1), guard(1))
+    assert "own replies" not in page_of("one step and its guard")
 
 
 def test_directory_without_metrics_is_refused(tmp_path: Path) -> None:
@@ -508,7 +516,7 @@ def test_time_to_go_is_told_while_a_run_is_running(tmp_path: Path) -> None:
     folder = run_dir(tmp_path, *long_run())
     overview = replace(run_overview(folder), state="running", eta_seconds=7260.0)
     assert "2 h 1 min to go" in render_report(overview, read_run(folder))
-    assert "to go" not in page(tmp_path, *long_run())
+    assert "to go" not in page_of("long")
 
 
 def test_durations_are_told_in_units_that_fit() -> None:
@@ -530,7 +538,7 @@ def test_guard_stands_against_its_tolerance_and_tells_its_last_actions(tmp_path:
     assert "<td>+3.00 %</td><td>+1.50 %</td><td>200 %</td>" in now
     assert '<td class="tone-alarm">red</td>' in now
     assert "<td>raise_replay</td>" in text
-    assert "The guard now" not in page(tmp_path, step(1))
+    assert "The guard now" not in page_of("one step")
 
 
 @pytest.mark.parametrize("colors", [LIGHT, DARK], ids=["light", "dark"])
@@ -629,7 +637,7 @@ def test_utilization_and_memory_are_shown_where_they_are_logged(tmp_path: Path) 
     text = page(tmp_path, step(1, utilization=0.425, peak_memory_bytes=3 * 2**30))
     assert tiles(text)["Utilization"] == "42.5 %" and tiles(text)["Peak memory"] == "3 GiB"
     assert "<h2>Utilization" in text and "<h2>Peak memory of rank 0" in text
-    assert "Utilization" not in page(tmp_path, step(1))
+    assert "Utilization" not in page_of("one step")
 
 
 def test_damaged_files_of_any_kind_give_a_page(tmp_path: Path) -> None:
