@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "bench" / "prove")]
 import measuring  # noqa: E402
 from nvme import AnonymousPeak  # noqa: E402
 
-FORMATS = ("bf16", "mxfp4", "fp32")
+FORMATS = ("bf16", "mxfp4")
 LIMIT = 4 * 2**30
 """A sixteenth of the memory of a node with 64 GB."""
 STEP = 1

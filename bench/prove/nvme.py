@@ -35,8 +35,8 @@ TOKENS = 512
 EXPERTS = 32
 STEPS = 6
 PLACES = ("cpu", "nvme")
-CGROUPS = {"memory/cpt-nvme": "memory.limit_in_bytes", "cpt-nvme": "memory.max"}
-"""Folders below /sys/fs/cgroup for versions 1 and 2, each with the file for the limit."""
+CGROUPS = {"memory": "memory.limit_in_bytes", "": "memory.max"}
+"""Folders below /sys/fs/cgroup for versions 1 and 2, each with a cgroup's file for the limit."""
 
 
 class AnonymousPeak(threading.Thread):
@@ -122,8 +122,8 @@ def run(
 
 def limited(limit_bytes: int) -> Path | None:
     """Make a memory cgroup and return its folder, or None if this process may not make one."""
-    for name, file in CGROUPS.items():
-        folder = Path("/sys/fs/cgroup") / name
+    for parent, file in CGROUPS.items():
+        folder = Path("/sys/fs/cgroup") / parent / f"cpt-{os.getpid()}"
         try:
             folder.mkdir(exist_ok=True)
             (folder / file).write_text(str(limit_bytes))
