@@ -52,12 +52,13 @@ KEYS_OF_BLOCKS = {
 }
 """Known keys of the blocks that DeepSpeed reads key by key, passing over those it does not know."""
 _NOT_SCALED = "ZeRO divides gradients by the number of ranks itself; remove it."
-_MASTERS = "master weights and Adam's moments are kept in fp32; remove it."
+_MASTERS = "master weights are kept in fp32; remove it."
+_MOMENTS = "train.optimizer_state says how moments are held; remove it."
 ONLY_VALUE: dict[KeyPath, tuple[Any, str]] = {
     ("prescale_gradients",): (False, _NOT_SCALED),
     ("gradient_predivide_factor",): (1, _NOT_SCALED),
     ("bf16", "bf16_master_weights_and_grads"): (False, _MASTERS),
-    ("bf16", "bf16_optimizer_states"): (False, _MASTERS),
+    ("bf16", "bf16_optimizer_states"): (False, _MOMENTS),
     ("aio", "use_gds"): (False, "state on NVMe is mapped into memory; remove it."),
 }
 """Keys that only one value works with, and why."""

@@ -45,6 +45,20 @@ _CODE_OF_SIGN = 128
 _BF16_SHIFT = CUT["int8"] - CUT["bf16"]
 
 
+class Scratch:
+    """Memory for whole numbers of 2 bytes while blocks are made or read.
+
+    What is allocated anew for each chunk costs a CPU as much as the work.
+    """
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        self._memory = torch.empty((3, numel), dtype=torch.int16, device=device)
+
+    def halves(self, numel: int) -> list[torch.Tensor]:
+        """Return three tensors (n, B) for so many elements, with any values."""
+        return [row[:numel].view(-1, MOMENT_BLOCK) for row in self._memory]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocks:
     """Consecutive elements of a moment in the form int8."""
@@ -71,20 +85,22 @@ class Blocks:
         """Return the same in host memory: a copy of what lies on a device, else a view."""
         return Blocks(codes=self.codes.cpu(), exponents=self.exponents.cpu(), signed=self.signed)
 
-    def decode(self, out: torch.Tensor) -> None:
+    def decode(self, out: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Write the values to an fp32 tensor (numel,)."""
+        halves = (scratch or Scratch(out.numel(), out.device)).halves(out.numel())
         if self.signed:
-            _decode_signed(self, out.view(-1, MOMENT_BLOCK))
+            _decode_signed(self, out.view(-1, MOMENT_BLOCK), halves)
         else:
-            _decode_unsigned(self, out.view(-1, MOMENT_BLOCK))
+            _decode_unsigned(self, out.view(-1, MOMENT_BLOCK), halves)
 
-    def encode(self, values: torch.Tensor) -> None:
+    def encode(self, values: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Take fp32 values (numel,); they are overwritten.
 
         The lowest bits are cut off, so whoever rounds has added noise or half a unit to the bits.
         """
+        halves = (scratch or Scratch(values.numel(), values.device)).halves(values.numel())
         if self.signed:
-            _encode_signed(self, values.view(-1, MOMENT_BLOCK))
+            _encode_signed(self, values.view(-1, MOMENT_BLOCK), halves)
         else:
             _encode_unsigned(self, values.view(-1, MOMENT_BLOCK))
 
@@ -100,10 +116,11 @@ def cut_(values: torch.Tensor, form: MomentForm) -> None:
     values.view(torch.int32).bitwise_and_(-(1 << CUT[form]))
 
 
-def _decode_signed(blocks: Blocks, out_nB: torch.Tensor) -> None:
-    codes_nB = blocks.codes.view_as(out_nB).to(torch.int16)
-    upper_nB = codes_nB & (_CODE_OF_SIGN - 1)
-    is_not_zero_nB = upper_nB.clamp(max=1)
+def _decode_signed(blocks: Blocks, out_nB: torch.Tensor, halves: list[torch.Tensor]) -> None:
+    codes_nB, upper_nB, is_not_zero_nB = halves
+    codes_nB.copy_(blocks.codes.view_as(out_nB))
+    torch.bitwise_and(codes_nB, _CODE_OF_SIGN - 1, out=upper_nB)
+    torch.clamp(upper_nB, max=1, out=is_not_zero_nB)
     upper_nB.addcmul_(is_not_zero_nB, _lowest(blocks, torch.int16))
     upper_nB.bitwise_left_shift_(_BF16_SHIFT)
     # 256 times the bit of the code is the sign of bf16
@@ -111,9 +128,10 @@ def _decode_signed(blocks: Blocks, out_nB: torch.Tensor) -> None:
     out_nB.copy_(upper_nB.view(torch.bfloat16))
 
 
-def _encode_signed(blocks: Blocks, values_nB: torch.Tensor) -> None:
-    upper_nB = values_nB.view(torch.int32).bitwise_right_shift_(CUT["int8"]).to(torch.int16)
-    codes_nB = upper_nB & _MAGNITUDE
+def _encode_signed(blocks: Blocks, values_nB: torch.Tensor, halves: list[torch.Tensor]) -> None:
+    codes_nB, upper_nB, _ = halves
+    upper_nB.copy_(values_nB.view(torch.int32).bitwise_right_shift_(CUT["int8"]))
+    torch.bitwise_and(upper_nB, _MAGNITUDE, out=codes_nB)
     blocks.exponents.copy_(codes_nB.amax(1) >> _MANTISSA)
     codes_nB.sub_(_lowest(blocks, torch.int16)).clamp_(min=0)
     # the shift has filled the upper bits with the sign
@@ -121,8 +139,8 @@ def _encode_signed(blocks: Blocks, values_nB: torch.Tensor) -> None:
     blocks.codes.view_as(values_nB).copy_(codes_nB)
 
 
-def _decode_unsigned(blocks: Blocks, out_nB: torch.Tensor) -> None:
-    upper_nB = blocks.codes.view_as(out_nB).to(torch.int16)
+def _decode_unsigned(blocks: Blocks, out_nB: torch.Tensor, halves: list[torch.Tensor]) -> None:
+    upper_nB = halves[0].copy_(blocks.codes.view_as(out_nB))
     upper_nB.add_(_lowest(blocks, torch.int16)).bitwise_left_shift_(_BF16_SHIFT)
     out_nB.copy_(upper_nB.view(torch.bfloat16))
 

@@ -17,6 +17,7 @@ The hash is SplitMix64 (Steele, Lea and Flood, 2014, figure 15), which is a bije
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -129,7 +130,11 @@ def add_noise_(
 def runs_within(runs: list[NoisyRun], start: int, stop: int) -> list[NoisyRun]:
     """Return the parts of sorted runs that lie in elements `start` to `stop` of the partition."""
     found = []
-    for run in runs:
+    first = bisect_right(runs, start, key=lambda run: run.start) - 1
+    for number in range(max(0, first), len(runs)):
+        run = runs[number]
+        if run.start >= stop:
+            break
         low = max(run.start, start)
         high = min(run.start + run.numel, stop)
         if low < high:

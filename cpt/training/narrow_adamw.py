@@ -9,8 +9,9 @@ Decisions
     on a GPU it bounds the memory of the copies.
     The second moment is rounded stochastically. It is a mean over 1 / (1 - beta2) steps: rounded to
     the nearest it would not follow changes that are smaller than half a unit. The first moment is a
-    mean over few steps; in bf16 it is rounded to the nearest, in 8 bits stochastically
-    (docs/precision.md has the measurement).
+    mean over few steps, unless beta1 is above `LARGEST_NEAREST_BETA`: in bf16 it is rounded to the
+    nearest, which has the smaller error; in 8 bits stochastically, because half a unit is large
+    there (docs/precision.md has the measurement).
     The random numbers belong to (seed, step, parameter, position): see
     cpt/storage/rounding_noise.py. So every layout rounds alike, and a resumed run as an unbroken
     one.
@@ -30,6 +31,7 @@ from cpt.storage.narrow_moments import (
     CUT,
     EXPONENTS,
     Blocks,
+    Scratch,
     cut_,
 )
 from cpt.storage.rounding_noise import (
@@ -42,8 +44,8 @@ from cpt.storage.rounding_noise import (
 )
 from cpt.storage.state_bytes import MOMENTS, MomentForm, moments_of_group
 
-HOST_CHUNK = 1 << 16
-"""Elements of a chunk for each thread: the copies take 0.5 MB of its cache."""
+HOST_CHUNK = 1 << 17
+"""Elements of a chunk for each thread: the copies of the moments take 1 MB of its cache."""
 DEVICE_CHUNK = 1 << 24
 """Elements of a chunk on a GPU: the copies take 128 MB."""
 CHUNK_BYTES: dict[MomentForm, int] = {"fp32": 0, "bf16": 8, "int8": 14}
@@ -55,6 +57,10 @@ STOCHASTIC: dict[MomentForm, tuple[str, ...]] = {
     "int8": ("exp_avg", "exp_avg_sq"),
 }
 """Moments that are rounded stochastically, by form; the others are rounded to the nearest."""
+LARGEST_NEAREST_BETA = 0.98
+"""Decay rate above which every moment is rounded stochastically: a mean over more steps changes by
+less than half a unit of bf16 in a step.
+"""
 
 
 def chunk_numel(device: torch.device) -> int:
@@ -132,12 +138,12 @@ class NarrowAdamW(torch.optim.Optimizer):
         gradient = parameter.grad.reshape(-1)
         state = self.state[parameter]
         state["step"] += 1
-        step = int(state["step"])
-        counter = torch.full((), float(step), device=flat.device)
-        size = chunk_numel(flat.device)
-        if set(forms.values()) == {"fp32"}:
-            size = flat.numel()
-        held = [_Held(state, name, form, self._key(step, name)) for name, form in forms.items()]
+        # the kernel wants the count beside the weights; filling it in waits for no device
+        counter = torch.full((), float(state["step"]), device=flat.device)
+        size = max(1, flat.numel())
+        if set(forms.values()) != {"fp32"}:
+            size = min(size, chunk_numel(flat.device))
+        held = self._held(state, group["betas"], forms, size)
         for start in range(0, flat.numel(), size):
             stop = min(start + size, flat.numel())
             runs = runs_within(self._runs[id(parameter)], start, stop)
@@ -160,6 +166,24 @@ class NarrowAdamW(torch.optim.Optimizer):
             for moment, values in zip(held, moments, strict=True):
                 moment.keep(values, start, runs)
 
+    def _held(
+        self,
+        state: dict[str, Any],
+        betas: tuple[float, float],
+        forms: dict[str, MomentForm],
+        numel: int,
+    ) -> list[_Held]:
+        """Return the moments of a partition, ready for chunks of so many elements."""
+        step = int(state["step"])
+        device = state[MOMENTS[0]].device
+        scratch = Scratch(numel, device) if "int8" in forms.values() else None
+        held = []
+        for beta, (name, form) in zip(betas, forms.items(), strict=True):
+            moment = _Held(state, name, form, self._key(step, name), beta)
+            moment.allocate(numel, device, scratch)
+            held.append(moment)
+        return held
+
     def _key(self, step: int, moment: str) -> int:
         """Return what the random numbers of all parameters have in common."""
         return mixed(mixed(self._seed) ^ (len(MOMENTS) * step + MOMENTS.index(moment)))
@@ -168,11 +192,17 @@ class NarrowAdamW(torch.optim.Optimizer):
 class _Held:
     """One moment of a flat partition, in the form in which it is kept between steps."""
 
-    def __init__(self, state: dict[str, Any], name: str, form: MomentForm, key: int) -> None:
+    def __init__(
+        self, state: dict[str, Any], name: str, form: MomentForm, key: int, beta: float
+    ) -> None:
         self._form = form
         self._key = key
         self._tensor: torch.Tensor = state[name]
-        self._is_stochastic = form != "fp32" and name in STOCHASTIC[form]
+        self._is_stochastic = form != "fp32" and (
+            name in STOCHASTIC[form] or beta > LARGEST_NEAREST_BETA
+        )
+        self._values = self._tensor
+        self._scratch: Scratch | None = None
         self._blocks: Blocks | None = None
         if form == "int8":
             signed = name == MOMENTS[0]
@@ -180,14 +210,20 @@ class _Held:
                 codes=state[name], exponents=state[name + EXPONENTS], signed=signed
             )
 
+    def allocate(self, numel: int, device: torch.device, scratch: Scratch | None) -> None:
+        """Allocate the fp32 copy of a chunk, for all chunks of an update."""
+        self._scratch = scratch
+        if self._form != "fp32":
+            self._values = torch.empty(numel, device=device)
+
     def as_fp32(self, start: int, stop: int) -> torch.Tensor:
         """Return fp32 values of some elements; those of an fp32 moment are a view of it."""
         if self._form == "fp32":
             return self._tensor[start:stop]
         if self._blocks is None:
-            return self._tensor[start:stop].float()
-        values = torch.empty(stop - start, device=self._tensor.device)
-        self._blocks.narrow(start, stop - start).decode(values)
+            return self._values[: stop - start].copy_(self._tensor[start:stop])
+        values = self._values[: stop - start]
+        self._blocks.narrow(start, stop - start).decode(values, self._scratch)
         return values
 
     def keep(self, values: torch.Tensor, start: int, runs: list[NoisyRun]) -> None:
@@ -200,7 +236,7 @@ class _Held:
         elif self._blocks is not None:
             values.view(torch.int32).add_(1 << (cut - 1))
         if self._blocks is not None:
-            self._blocks.narrow(start, values.numel()).encode(values)
+            self._blocks.narrow(start, values.numel()).encode(values, self._scratch)
             return
         if self._is_stochastic:
             cut_(values, self._form)

@@ -103,6 +103,7 @@ def run(shape: dict[str, Any], folder: Path) -> None:
             "lr": 1e-3,
             "quantize": shape.get("quantize", {}),
             "optimizer": shape.get("optimizer", "adamw"),
+            "optimizer_state": shape["optimizer_state"],
         },
     }
     run_yaml = read_file(RunYaml, parse_yaml(json.dumps(run), "run.yaml"))

@@ -34,6 +34,7 @@ def shape(
     adapter: dict[str, Any] | None = None,
     quantize: dict[str, Any] | None = None,
     optimizer: str = "adamw",
+    optimizer_state: str = "fp32",
 ) -> dict[str, Any]:
     kept = "checkpointing" if checkpointing else "all-kept"
     name = f"{rows}x{seq_len}-{kept}-zero{stage}"
@@ -43,10 +44,13 @@ def shape(
         name += f"-rounded-{quantize['exponent']}"
     if optimizer != "adamw":
         name += f"-{optimizer}"
+    if optimizer_state != "fp32":
+        name += f"-state-{optimizer_state}"
     return {
         "name": name,
         "optimizer": optimizer,
         "quantize": quantize or {},
+        "optimizer_state": optimizer_state,
         "adapter": adapter or {},
         "rows": rows,
         "seq_len": seq_len,
@@ -74,6 +78,9 @@ SHAPES = [
     shape(4, 1024, False, stage=3, optimizer="muon"),
     shape(8, 256, True, stage=3, optimizer="muon"),
     shape(8, 256, True, stage=1, optimizer="muon"),
+    shape(4, 1024, True, stage=3, optimizer_state="bf16"),
+    shape(8, 256, True, stage=3, optimizer_state="int8"),
+    shape(8, 256, True, stage=2, optimizer_state="int8"),
 ]
 
 

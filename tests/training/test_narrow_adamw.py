@@ -231,3 +231,20 @@ def test_groups_in_fp32_are_updated_as_torch_does() -> None:
         optimizer.step()
     assert torch.equal(part.flat, expected.detach())
     assert torch.equal(part.state["exp_avg_sq"], optimizer.state[expected]["exp_avg_sq"])
+
+
+def test_a_first_moment_over_many_steps_has_no_bias_either() -> None:
+    """Rounded to the nearest it would stay where it is: it is to move by 1e-4 of itself a step."""
+    numel = 64 * 40
+    part = Part("bf16", {"a.weight": (0, numel)}, padding=0)
+    part.optimizer.param_groups[0]["betas"] = (0.999, 0.999)
+    part.state["exp_avg"].fill_(1.3)
+    before = float(part.moment("exp_avg").mean())
+    for _ in range(50):
+        part.flat.grad = torch.full((numel,), 0.9 * before)
+        part.optimizer.step()
+    after = part.moment("exp_avg")
+    expected = before * (0.9 + 0.1 * 0.999**50)
+    error = float(after.std()) / numel**0.5
+    assert abs(float(after.mean()) - expected) < 4 * error
+    assert abs(before - expected) > 8 * error
