@@ -283,11 +283,19 @@ def _fitting(
     """Return the layouts that fit, with their estimates."""
     fitting = []
     template: dict[tuple[Any, ...], RunConfig] = {}
+    too_large: set[Layout] = set()
     for layout in found:
+        # Fewer rows at a time, which come first, never need more memory. Under ZeRO 2 they may:
+        # gradients are there at the loss if they add up.
+        of_any_rows = replace(layout, micro_batch_size=0)
+        if of_any_rows in too_large:
+            continue
         config = _quick_config(layout, run, model, world_size, template)
         one = estimate_if_it_fits(config, model, counts, gpu, assumed)
         if one is not None:
             fitting.append((layout, one))
+        elif layout.stage == 3:
+            too_large.add(of_any_rows)
     return fitting
 
 

@@ -223,15 +223,17 @@ def test_layout_found_starts_and_no_layout_that_fits_is_clearly_faster(
 def test_120b_needs_the_host_on_8_and_16_gpus_of_80_gb_and_nothing_but_gpus_on_64() -> None:
     """State of 18 bytes per parameter is 2.1 TB: 263 GB each on 8, 131 GB on 16, 33 GB on 64.
 
-    Of the 8, gradients stay on the GPUs: the 16 bytes of them and the state are 1.87 TB, and hosts
-    are filled up to 85 % of 2 TB.
+    Of the 8, gradients stay on the GPUs and weights do not: with gradients the host would hold 1.87
+    TB, and it is filled up to 85 % of 2 TB; beside gradients the GPUs have no room for weights.
     """
     config, counts = model("gpt-oss-120b")
     found = {
         gpus: search(run_of(4096, 512), config, counts, gpus, H100, ASSUMED) for gpus in (8, 16, 64)
     }
     assert found[8] is not None and found[16] is not None and found[64] is not None
-    assert found[8][0].places == Places(offloads=("offload_optimizer",), gradients="device")
+    both = ("offload_optimizer", "offload_param")
+    assert found[8][0].places == Places(offloads=both, gradients="device")
+    assert found[8][0].optimizer_state is None
     assert "offload_optimizer" in found[16][0].places.offloads
     assert found[64][0].places == Places()
 
