@@ -37,7 +37,11 @@ from tests.support.launcher import start as start_ranks
 from tests.support.service import SMALL_GUARD
 
 pytestmark = pytest.mark.dist
-STEPS = 8
+STEPS = 6
+HALF = 3
+SAVED = (6, 4)
+"""Checkpoints of a finished run, the newest first: `keep_last` is 2."""
+EXPORTED = f"step-{STEPS:08d}"
 RUN = ROOT / "cpt" / "run.py"
 
 
@@ -72,7 +76,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "dtype": "bf16",
         },
         "guard": {"max_documents": 1},
-        "checkpoint": {"interval_steps": 3},
+        "checkpoint": {"interval_steps": 2},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     zero = {"stage": 3, "stage3_param_persistence_threshold": "auto", "reduce_bucket_size": "auto"}
@@ -129,7 +133,7 @@ def finish_new_processes(workplace: Path, run_dir: str, *arguments: str) -> tupl
             text=True,
         )
         processes.append(process)
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    outputs = [process.communicate(timeout=480)[0] for process in processes]
     return [process.returncode for process in processes], outputs[0]
 
 
@@ -147,7 +151,7 @@ def whole(workplace: Path) -> Path:
     arguments = set_options(
         "telemetry.wandb=offline",
         "telemetry.export_at_end=true",
-        "telemetry.sample_interval_steps=4",
+        f"telemetry.sample_interval_steps={HALF}",
         "telemetry.sample_tokens=3",
         "telemetry.memory_report=true",
     )
@@ -173,7 +177,7 @@ def test_undisturbed_run_writes_what_the_contract_says(whole: Path) -> None:
     assert all(event["delta_percent"] < 0 for event in guard if event["step"] == STEPS)
     resolved = yaml.safe_load((whole / "config.resolved.yaml").read_text())
     assert (resolved["sp_size"], resolved["ep_size"]) == (2, 2)
-    assert list_steps(whole) == [8, 6]  # interval 3, keep_last 2
+    assert tuple(list_steps(whole)) == SAVED
     assert list((whole / "wandb").glob("offline-run-*/*.wandb"))
 
 
@@ -186,12 +190,12 @@ def test_job_log_tells_steps_saves_looks_samples_and_export_line_by_line(whole: 
     for figure in ("loss ", " tokens/s", " left", "peak memory ", "goodput "):
         assert all(figure in line for line in steps), figure
     begun = [line.split(":")[0] for line in found if line.startswith("checkpoint of step")]
-    assert begun.count("checkpoint of step 6 begun") == 1
-    assert begun.count("checkpoint of step 6 finished") == 1
+    assert begun.count("checkpoint of step 4 begun") == 1
+    assert begun.count("checkpoint of step 4 finished") == 1
     looks = [line for line in found if line.startswith("guard at step")]
     assert len(looks) == 2 and "; action: none; " in looks[1]
-    assert len([line for line in found if line.startswith("sample at step 4: ")]) == 2
-    assert "export of step-00000008 begun" in found
+    assert len([line for line in found if line.startswith(f"sample at step {HALF}: ")]) == 2
+    assert f"export of {EXPORTED} begun" in found
 
 
 def test_libraries_say_nothing_on_the_terminal(whole: Path) -> None:
@@ -221,7 +225,7 @@ def test_memory_of_every_rank_is_the_predicted_one_within_15_percent(whole: Path
 def test_export_at_the_end_and_its_checkpoint_continue_text_as_plain_transformers_does(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = whole / "export" / "step-00000008"
+    out = whole / "export" / EXPORTED
     prompt = "\u3080\u304b\u3057\u3001"
     command = ["sample", "--prompt", prompt, "--max_new_tokens", "4"]
     assert main([*command, "--model", str(out)]) == 0
@@ -245,7 +249,7 @@ def test_question_is_put_in_the_harmony_format_of_the_exported_chat_template(
         return [*harmony_reply("analysis", "hm"), END, *harmony_reply("final", "42"), RETURN]
 
     monkeypatch.setattr("cpt.offline.sampling.generate", reply)
-    out = whole / "export" / "step-00000008"
+    out = whole / "export" / EXPORTED
     command = ["sample", "--model", str(out), "--chat", "--effort", "low"]
     command += ["--developer", "Be brief.", "--prompt", "Q?"]
     assert main(command) == 0
@@ -263,7 +267,7 @@ def harmony_reply(channel: str, text: str) -> list[int]:
 
 
 def test_samples_are_drawn_with_their_seed(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["sample", "--model", str(whole / "export" / "step-00000008")]
+    command = ["sample", "--model", str(whole / "export" / EXPORTED)]
     command += ["--prompt", "a", "--max_new_tokens", "6", "--temperature", "5", "--top_p", "0.99"]
     printed = []
     for seed in ("1", "1", "2"):
@@ -275,7 +279,7 @@ def test_samples_are_drawn_with_their_seed(whole: Path, capsys: pytest.CaptureFi
 def test_fixed_prompts_are_continued_during_training(whole: Path) -> None:
     samples = events_of(whole, "sample")
     drawn = [(event["step"], event["number"]) for event in samples]
-    assert drawn == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    assert drawn == [(HALF, 0), (HALF, 1), (STEPS, 0), (STEPS, 1)]
     japanese = "\u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b"
     assert {event["prompt"] for event in samples} == {japanese, "Once upon a time"}
     for event in samples:
@@ -286,10 +290,10 @@ def test_fixed_prompts_are_continued_during_training(whole: Path) -> None:
 def test_model_card_says_what_was_trained_on_what_and_nothing_about_the_machine(
     whole: Path,
 ) -> None:
-    card = (whole / "export" / "step-00000008" / "README.md").read_text()
+    card = (whole / "export" / EXPORTED / "README.md").read_text()
     tokens = sum(step["tokens_by_source"]["ja_essay"] for step in steps_of(whole))
     assert f"| ja_essay | ja | ja_essay | 0.5 | {tokens:,} |" in card
-    assert "Started from `random weights (tiny)`. 8 optimizer steps" in card
+    assert f"Started from `random weights (tiny)`. {STEPS} optimizer steps" in card
     assert "Held-out text" in card
     assert str(whole.parent) not in card and str(ROOT) not in card
 
@@ -357,8 +361,8 @@ def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights_and_says_wh
 @pytest.mark.case(
     "R1", "weights, moments, losses, lr, tokens: bit-identical, across an asynchronous save"
 )
-def test_four_and_four_steps_equal_eight_bit_for_bit(workplace: Path, whole: Path) -> None:
-    codes, output = finish(workplace, "halves", "--set", "train.stop_at_step=4")
+def test_two_halves_of_a_run_equal_the_whole_bit_for_bit(workplace: Path, whole: Path) -> None:
+    codes, output = finish(workplace, "halves", "--set", f"train.stop_at_step={HALF}")
     assert codes == [0, 0], output
     codes, output = finish(workplace, "halves")
     assert codes == [0, 0] and "resuming from" in output, output
@@ -372,7 +376,7 @@ def test_four_and_four_steps_equal_eight_bit_for_bit(workplace: Path, whole: Pat
             assert step[key] == expected[key], key
     # the balancing loss is on, and its gradient needs the load of the step before, which only the
     # checkpoint knows
-    folders = (step_folder(halves, 4), first, second)
+    folders = (step_folder(halves, HALF), first, second)
     halfway, once, resumed = (read_manifest(path).state["router_load"] for path in folders)
     assert len(set(itertools.chain.from_iterable(halfway))) > 1
     assert once == resumed != halfway
@@ -439,7 +443,7 @@ def test_edited_mix_is_refused_with_the_change_and_accepted_as_a_new_segment(
     workplace: Path, whole: Path
 ) -> None:
     shutil.copytree(whole, workplace / "edited")
-    shutil.rmtree(step_folder(workplace / "edited", 8))
+    shutil.rmtree(step_folder(workplace / "edited", STEPS))
     original = (workplace / "mix.yaml").read_text()
     mix = yaml.safe_load(original)
     mix["sources"][0]["weight"] = 0.4
@@ -453,8 +457,8 @@ def test_edited_mix_is_refused_with_the_change_and_accepted_as_a_new_segment(
         assert codes == [0, 0], output
     finally:
         (workplace / "mix.yaml").write_text(original)
-    state = read_manifest(step_folder(workplace / "edited", 8)).state
-    assert [segment["start_step"] for segment in state["ledger"]["segments"]] == [0, 6]
+    state = read_manifest(step_folder(workplace / "edited", STEPS)).state
+    assert [segment["start_step"] for segment in state["ledger"]["segments"]] == [0, SAVED[1]]
 
 
 @pytest.mark.slow
@@ -464,18 +468,18 @@ def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(
 ) -> None:
     run_dir = workplace / "damaged"
     shutil.copytree(whole, run_dir)
-    victim = step_folder(run_dir, 8) / "__1_0.distcp"
+    victim = step_folder(run_dir, STEPS) / "__1_0.distcp"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     step, rejected = find_checkpoint(run_dir, "auto")
-    assert step == 6 and "step-00000008/__1_0.distcp" in rejected[0]
+    assert step == SAVED[1] and f"{EXPORTED}/__1_0.distcp" in rejected[0]
     with pytest.raises(CheckpointError, match=r"__1_0\.distcp"):
-        find_checkpoint(run_dir, "8")
+        find_checkpoint(run_dir, str(STEPS))
     codes, output = finish(workplace, "damaged")
-    assert codes == [0, 0] and "checkpoint rejected: step-00000008/__1_0.distcp" in output, output
-    assert "step-00000008 is set aside as .rejected-step-00000008" in output
-    assert list_steps(run_dir) == [8, 6]
+    assert codes == [0, 0] and f"checkpoint rejected: {EXPORTED}/__1_0.distcp" in output, output
+    assert f"{EXPORTED} is set aside as .rejected-{EXPORTED}" in output
+    assert tuple(list_steps(run_dir)) == SAVED
     assert not list((run_dir / "checkpoints").glob(".*")), (
         "the damaged one goes once a newer one is complete"
     )
@@ -488,10 +492,10 @@ def test_going_back_to_an_older_step_sets_the_newer_ones_aside(
     workplace: Path, whole: Path
 ) -> None:
     shutil.copytree(whole, workplace / "back")
-    codes, output = finish(workplace, "back", "--resume", "6")
+    codes, output = finish(workplace, "back", "--resume", str(SAVED[1]))
     assert codes == [0, 0], output
     names = {entry.name for entry in (workplace / "back" / "checkpoints").iterdir()}
-    assert names == {"step-00000006", "step-00000008"}, (
+    assert names == {step_folder(whole, step).name for step in SAVED}, (
         "the abandoned one goes once the run has come to its step again"
     )
 
@@ -500,7 +504,7 @@ def test_going_back_to_an_older_step_sets_the_newer_ones_aside(
 @pytest.mark.case("E2", "there and back is byte-equal")
 def test_zero_steps_round_trip_is_byte_equal(workplace: Path, whole: Path) -> None:
     """The weights go from Hugging Face's format to the project's and back."""
-    source = whole / "export" / "step-00000008"
+    source = whole / "export" / EXPORTED
     arguments = set_options(
         "model.init=null",
         f"model.path={source}",
