@@ -94,17 +94,19 @@ def draw(results: Sequence[Result], source: str) -> Figure:
     title = "Muon and AdamW on a small gpt-oss, bits per byte of held-out text"
     figure, charts = new_figure(1080, 380, columns=3, title=title, source=source)
     curves, learned, forgotten = charts
-    rates = _rows(results, BASE)
     lines = []
-    for index, (lr, by_optimizer) in enumerate(rates):
+    for index, (lr, by_optimizer) in enumerate(_rows(results, BASE)):
         for name, group in by_optimizer.items():
             lines.append(_curve(group, f"{TITLES[name]} {lr:g}", PALETTE[index], name))
     draw_lines(curves, lines, title="from random weights", x_label="steps", y_label="English")
     for axes, domain, heading in (
-        (learned, "japanese", "Japanese learned"),
-        (forgotten, "english", "English forgotten"),
+        (learned, "japanese", "after Japanese alone"),
+        (forgotten, "english", "after Japanese alone"),
     ):
+        rates = sorted({float(one["lr"]) for one in results if one["base"] != BASE})
         axes.set_xscale("log")
+        axes.set_xticks(rates, [rate_text(rate) for rate in rates])
+        axes.minorticks_off()
         lines = []
         for base, name in itertools.product(OPTIMIZERS, OPTIMIZERS):
             lines.append(_by_rate(results, base, name, domain))
