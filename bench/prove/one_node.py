@@ -259,7 +259,7 @@ def main() -> None:
     """Run all phases and print what each took."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--state", nargs="+", choices=sorted(STATE_BYTES), default=["fp32"])
+    parser.add_argument("--state", nargs="+", choices=sorted(STATE_BYTES), default=["fp32", "bf16"])
     parser.add_argument("--folder", default="runs/one_node")
     parser.add_argument("--phase", choices=sorted(PHASES), help=argparse.SUPPRESS)
     parser.add_argument("--way", default="none", help=argparse.SUPPRESS)
