@@ -169,12 +169,15 @@ def train_cell(
         seed=seed,
     )
     stochastic = narrow_adamw.STOCHASTIC
+    largest_beta = narrow_adamw.LARGEST_NEAREST_BETA
     if arm.is_control:
         narrow_adamw.STOCHASTIC = {**stochastic, arm.form: ()}
+        narrow_adamw.LARGEST_NEAREST_BETA = 1.0
     try:
         state = trainer.train(trainer.initial(seed), rows, section, SCALE.steps)
     finally:
         narrow_adamw.STOCHASTIC = stochastic
+        narrow_adamw.LARGEST_NEAREST_BETA = largest_beta
     return {
         "arm": arm.name,
         "seed": seed,
