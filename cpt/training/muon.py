@@ -122,8 +122,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 spans[name] = [span.offset, span.start, span.numel]
         by_rank = gather_json(spans, topology.control_group)
         for partition in own:
-            if _maps_of(partition) is not None:
-                self.hold(partition.flat, _work_of(partition, by_rank))
+            tensors = _maps_of(partition)
+            if tensors is not None:
+                self.hold(partition.flat, _work_of(partition, tensors, by_rank))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -237,15 +238,16 @@ def _maps_of(partition: FlatPartition) -> list[LinearMaps] | None:
     return found
 
 
-def _work_of(partition: FlatPartition, by_rank: list[dict[str, list[int]]]) -> MatrixWork:
+def _work_of(
+    partition: FlatPartition, tensors: list[LinearMaps], by_rank: list[dict[str, list[int]]]
+) -> MatrixWork:
     """Return the work of a partition.
 
     Args:
         partition: A partition of matrices.
+        tensors: The maps of its parameters.
         by_rank: (offset, start, numel) of what every rank of the run holds of each parameter.
     """
-    tensors = _maps_of(partition)
-    assert tensors is not None
     spans_by_rank = []
     for rank in torch.distributed.get_process_group_ranks(partition.group):
         spans = {}
