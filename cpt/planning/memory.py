@@ -233,8 +233,8 @@ def optimizer_state(config: RunConfig, counts: ParameterCounts) -> int:
     """Return the bytes of master weights and moments of one rank, wherever they lie."""
     trained = trained_per_rank(config, counts)
     if config.train.optimizer_state != "int8":
-        missing_moments = FP32_BYTES * (counts.by_muon // config.world_size)
-        return state_bytes(config, trained) - missing_moments
+        by_muon = counts.by_muon // config.world_size
+        return state_bytes(config, trained - by_muon) + optimizer_bytes(by_muon, num_moments=1)
     matrices = sum(counts.dense_matrices) - counts.routers + sum(counts.expert_matrices)
     in_blocks = matrices // config.world_size
     return state_bytes(config, in_blocks) + optimizer_bytes(trained - in_blocks)
