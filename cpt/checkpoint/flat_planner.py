@@ -36,11 +36,6 @@ class FlatRange:
             return None
         return Blocks(codes=self.tensor, exponents=self.exponents, signed=self.signed)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the values as they are held."""
-        return self.tensor.nbytes + (0 if self.exponents is None else self.exponents.nbytes)
-
     def zero_(self) -> None:
         """Set all values to zero."""
         self.tensor.zero_()

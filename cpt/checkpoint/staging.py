@@ -24,6 +24,7 @@ from cpt.checkpoint.flat_planner import FlatRange
 from cpt.errors import ConfigError
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
+from cpt.storage.allocation import page_locked_bytes
 
 log = logging.getLogger("cpt.checkpoint")
 
@@ -68,13 +69,22 @@ class Staging:
         return buffer.copy_(tensor.detach(), non_blocking=True)
 
 
+def bytes_of_copy(part: FlatRange) -> int:
+    """Return the host memory that the buffers of a range take: page-locked if it is on a GPU."""
+    taken = 0
+    for tensor in (part.tensor, part.exponents):
+        if tensor is not None:
+            taken += page_locked_bytes(tensor.nbytes) if tensor.is_cuda else tensor.nbytes
+    return taken
+
+
 class HostNeed(NamedTuple):
     """What a copy takes of one rank's node; it travels between ranks as a JSON list."""
 
     host: str
     """Name of the node."""
     own_bytes: int
-    """Bytes that this rank copies."""
+    """Bytes that the copies of this rank take."""
     available_bytes: int | None
     """Memory that its processes can still take; None if the system does not say."""
 
@@ -90,7 +100,7 @@ def agreed_way(wanted: AsyncSave, moving: dict[str, FlatRange], topology: Topolo
     Raises:
         ConfigError: see `choose_way`.
     """
-    own_bytes = sum(part.num_bytes for part in moving.values())
+    own_bytes = sum(bytes_of_copy(part) for part in moving.values())
     need = HostNeed(socket.gethostname(), own_bytes, available_bytes())
     gathered = gather_json(need, topology.control_group)
     way, why = choose_way(wanted, [HostNeed(*one) for one in gathered])
@@ -174,25 +184,39 @@ def _system_available() -> int | None:
 
 
 def _cgroup_available() -> int | None:
-    """Return the memory that is left of this process's cgroup, as in a container or a SLURM job."""
+    """Return the memory that is left of this process's cgroup, as in a container or a SLURM job.
+
+    SLURM limits the cgroups of a job and of a step, and processes are in one below these.
+    """
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     root = Path("/sys/fs/cgroup")
+    found = []
     for line in lines:
         _, controllers, own = line.split(":", 2)
-        folder = own.lstrip("/")
         if controllers == "":  # version 2
-            found = _left_in(root / folder, "memory.max", "memory.current", "")
+            for folder in _with_those_above(root, own):
+                found.append(_left_in(folder, "memory.max", "memory.current", ""))
         elif "memory" in controllers.split(","):
             limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
-            found = _left_in(root / "memory" / folder, limit, usage, "total_")
-        else:
-            continue
-        if found is not None:
-            return found
-    return None
+            for folder in _with_those_above(root / "memory", own):
+                found.append(_left_in(folder, limit, usage, "total_"))
+    known = [size for size in found if size is not None]
+    return min(known) if known else None
+
+
+def _with_those_above(root: Path, own: str) -> list[Path]:
+    """Return the folders of a cgroup and of those that it is part of, up to the root.
+
+    In a container the root is that of the container, and the rest of the path may be the host's.
+    """
+    folders = [root]
+    for name in own.split("/"):
+        if name:
+            folders.append(folders[-1] / name)
+    return folders
 
 
 def _left_in(folder: Path, limit_file: str, usage_file: str, prefix: str) -> int | None:

@@ -23,6 +23,7 @@ from cpt.planning.memory import (
     update_groups,
 )
 from cpt.planning.step_memory import local_tokens
+from cpt.storage.allocation import page_locked_bytes
 from cpt.storage.state_bytes import (
     FP32_BYTES,
     gradient_place,
@@ -105,14 +106,6 @@ def _page_locked(
         # the master weights, their gradients, and the rounded weights
         yield 2, FP32_BYTES * sum(group)
         yield 1, config.itemsize * sum(group)
-
-
-def page_locked_bytes(size: int) -> int:
-    """Return the bytes that torch takes for a page-locked tensor of a size: a power of two.
-
-    Read in CachingHostAllocator.h of torch 2.13; pytorch/pytorch#150517 is about it.
-    """
-    return 1 << (size - 1).bit_length() if size else 0
 
 
 def largest_sub_group(config: RunConfig, counts: ParameterCounts) -> int:

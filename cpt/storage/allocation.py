@@ -1,4 +1,4 @@
-"""Memory for parameters whose values come later."""
+"""Memory for parameters whose values come later, and what page-locked memory takes."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ def allocate(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     )
     real.__dict__.update(parameter.__dict__)
     return real
+
+
+def page_locked_bytes(size: int) -> int:
+    """Return the bytes that torch takes for a page-locked tensor of a size: a power of two.
+
+    Read in CachingHostAllocator.h of torch 2.13; pytorch/pytorch#150517 is about it.
+    """
+    return 1 << (size - 1).bit_length() if size else 0

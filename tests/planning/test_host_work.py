@@ -15,7 +15,6 @@ from cpt.planning.host_memory import (
     host_memory,
     host_problem,
     largest_sub_group,
-    page_locked_bytes,
 )
 from cpt.planning.host_work import (
     ADAM_CORE_SECONDS,
@@ -26,6 +25,7 @@ from cpt.planning.host_work import (
     update_seconds,
 )
 from cpt.planning.memory import count_parameters, device_memory, trained_per_rank
+from cpt.storage.allocation import page_locked_bytes
 from data_pipeline.config.strict_yaml import Located
 from tests.support.launcher import ROOT
 

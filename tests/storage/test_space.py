@@ -6,13 +6,15 @@ import errno
 import resource
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from cpt.checkpoint import staging
 from cpt.checkpoint.flat_planner import FlatRange
-from cpt.checkpoint.staging import HostNeed, Staging, available_bytes, choose_way
+from cpt.checkpoint.staging import HostNeed, Staging, available_bytes, bytes_of_copy, choose_way
 from cpt.errors import ConfigError, StorageError
 from cpt.storage import space
 
@@ -108,27 +110,52 @@ def test_system_that_does_not_say_how_much_memory_is_left_gets_a_copy() -> None:
 
 
 CGROUPS = {
-    "version 1": ("4:memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    "version 2": ("0::/job", "job", "memory.max", "memory.current"),
+    "version 1": ("4:memory:", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    "version 2": ("0::", ".", "memory.max", "memory.current"),
 }
 
 
+@pytest.mark.parametrize(
+    ("own", "limits", "left"),
+    [
+        ("/job", {"job": "5000"}, 2650),
+        # as SLURM does: the job and the step are limited, the task is not
+        ("/job/step/task", {"job": "9000", "job/step": "5000", "job/step/task": "max"}, 2650),
+        ("/path/of/the/host", {"": "4000"}, 1650),  # in a container
+    ],
+)
 @pytest.mark.parametrize("version", CGROUPS)
-def test_memory_that_is_left_of_a_cgroup_is_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+def test_memory_that_is_left_of_a_cgroup_and_of_those_above_it_is_known(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    own: str,
+    limits: dict[str, str],
+    left: int,
 ) -> None:
-    line, folder, limit, usage = CGROUPS[version]
+    line, root, limit_file, usage_file = CGROUPS[version]
     prefix = "total_" if version == "version 1" else ""
-    where = tmp_path / "sys/fs/cgroup" / folder
-    where.mkdir(parents=True)
-    (where / limit).write_text("5000\n")
-    (where / usage).write_text("3000\n")
-    (where / "memory.stat").write_text(f"{prefix}inactive_file 600\n{prefix}active_file 50\n")
-    own = tmp_path / "proc/self/cgroup"
-    own.parent.mkdir(parents=True)
-    own.write_text(f"9:name=systemd:/\n{line}\n")
+    for folder, limit in limits.items():
+        where = tmp_path / "sys/fs/cgroup" / root / folder
+        where.mkdir(parents=True, exist_ok=True)
+        (where / limit_file).write_text(f"{limit}\n")
+        (where / usage_file).write_text("3000\n")
+        (where / "memory.stat").write_text(f"{prefix}inactive_file 600\n{prefix}active_file 50\n")
+    cgroup = tmp_path / "proc/self/cgroup"
+    cgroup.parent.mkdir(parents=True)
+    cgroup.write_text(f"9:name=systemd:/\n{line}{own}\n")
     monkeypatch.setattr(staging, "Path", lambda path: tmp_path / str(path).lstrip("/"))
-    assert available_bytes() == 2650
+    assert available_bytes() == left
+
+
+def test_copy_of_what_is_on_a_gpu_takes_page_locked_memory() -> None:
+    """torch rounds that up to a power of two."""
+    codes = SimpleNamespace(nbytes=4097, is_cuda=True)
+    exponents = SimpleNamespace(nbytes=65, is_cuda=True)
+    part: Any = SimpleNamespace(tensor=codes, exponents=exponents)
+    assert bytes_of_copy(part) == 8192 + 128
+    on_host = FlatRange(tensor=torch.zeros(1025), offset=0, global_numel=1025)
+    assert bytes_of_copy(on_host) == 4100
 
 
 def test_staged_copy_does_not_change_with_its_source_and_its_buffer_is_used_again() -> None:
