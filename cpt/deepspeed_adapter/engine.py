@@ -16,6 +16,7 @@ from cpt.deepspeed_adapter.offload import (
     offloaded_state,
     offloads_optimizer,
     on_host,
+    release_page_locked,
     settle_gradients,
 )
 from cpt.deepspeed_adapter.shards import create_optimizer_state
@@ -70,6 +71,7 @@ def initialize(
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.state_reading = StateReading()
     settle_gradients(engine, engine_json, files)
+    release_page_locked()
     if "offload_optimizer" in files:
         create_optimizer_state(engine, files["offload_optimizer"].zeros)
     if "offload_param" in files:

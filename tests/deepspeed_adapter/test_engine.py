@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.config import get_timers_config
 from torch import nn
@@ -29,6 +30,25 @@ def test_the_clock_that_waits_for_the_device_in_every_micro_step_is_off(
     initialize(None, None, engine_json, {})  # type: ignore[arg-type]
     assert given[0].items() >= engine_json.items() and "timers" not in engine_json
     assert not get_timers_config(given[0]).enabled
+
+
+def test_page_locked_memory_that_building_an_engine_leaves_goes_back_to_the_system(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch keeps what is freed; partitions that were copied to flat buffers would stay."""
+    done: list[str] = []
+
+    def build(**_: Any) -> tuple[Any, None]:
+        done.append("built")
+        return SimpleNamespace(), None
+
+    monkeypatch.setattr(deepspeed, "initialize", build)
+    release = lambda: done.append("released")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_host_emptyCache", release, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    engine_json = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    initialize(None, None, engine_json, {})  # type: ignore[arg-type]
+    assert done == ["built", "released"]
 
 
 @pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
