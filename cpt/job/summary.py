@@ -123,7 +123,8 @@ def describe_optimizer(config: RunConfig, model_config: GptOssConfig) -> str:
     """Return what updates the weights, and how much of them."""
     counts = counts_of(config, model_config)
     if not counts.by_muon:
-        return "AdamW"
+        form = config.train.optimizer_state
+        return "AdamW" if form == "fp32" else f"AdamW, moments in {form}"
     trained = counts.trained_dense + counts.trained_experts
     return f"Muon for {counts.by_muon:,} of {trained:,} trained parameters, AdamW for the rest"
 

@@ -18,6 +18,7 @@ from cpt.planning.memory import (
     counts_of,
     device_memory,
     offloads,
+    optimizer_groups,
     optimizer_state,
     trained_per_rank,
     update_groups,
@@ -91,8 +92,12 @@ def _page_locked(
     """Yield (number, bytes of each) of the large tensors that are page-locked."""
     yield parts.get("layer inputs", 0) // layer_input, layer_input
     zero = config.engine_json["zero_optimization"]
-    if zero.get("offload_param", {}).get("pin_memory", True):
-        yield 1, parts.get("weights", 0)
+    if "weights" in parts and zero["offload_param"].get("pin_memory", True):
+        # one buffer for each group of the optimizer, and one for each frozen parameter
+        for group in optimizer_groups(config, counts):
+            yield 1, config.itemsize * sum(group)
+        for numel in counts.frozen_matrices:
+            yield 1, config.itemsize * (numel // config.world_size)
     block = zero.get("offload_optimizer", {})
     if block.get("device") != "cpu" or not block.get("pin_memory", True):
         return
@@ -132,7 +137,8 @@ def host_problem(
     return (
         f"the {ranks_of_node} ranks of this node keep {gigabytes(needed)} on the host "
         f"({', '.join(told)}), of which {gigabytes(available_bytes)} are available; the kernel "
-        "would end the run. Take more nodes, a smaller train.optimizer_state, "
+        "would end the run. A batch job has the memory that it has asked for (SLURM: --mem=0 for "
+        "all). If that is the whole node, take more nodes, a smaller train.optimizer_state, "
         'offload_optimizer with "gradients": "device", or state on NVMe; cpt plan --host_gb N '
         "--nvme_gb N searches for a layout."
     )

@@ -70,6 +70,8 @@ class ParameterCounts:
     """The sizes of the matrices among `trained_dense`, in the model's order."""
     expert_matrices: tuple[int, ...]
     """The sizes of the matrices among `trained_experts`, in the model's order."""
+    frozen_matrices: tuple[int, ...] = ()
+    """The sizes of the matrices that are not trained, in the model's order."""
     packed: int = 0
     """Weights of experts that stay in 4 bits. They are no parameters, and not among `experts`."""
     adapted: tuple[AdaptedMatrix, ...] = ()
@@ -110,15 +112,18 @@ def count_parameters(
     packed, shapes = _split_packed(model, adapter)
     trained = _trained_names(freeze, adapter, shapes)
     sums = {"dense": 0, "experts": 0, "trained_dense": 0, "trained_experts": 0, "routers": 0}
-    matrices: dict[str, list[int]] = {"dense": [], "experts": []}
+    matrices: dict[str, list[int]] = {"dense": [], "experts": [], "frozen": []}
     by_muon: dict[str, list[LinearMaps]] = {"dense": [], "experts": []}
     for name, shape in shapes.items():
         kind = "experts" if is_expert_name(name) else "dense"
         numel = math.prod(shape)
         sums[kind] += numel
+        is_matrix = not name.endswith(SMALL) and "norm" not in name
+        if is_matrix and name not in trained:
+            matrices["frozen"].append(numel)
         if name in trained:
             sums[f"trained_{kind}"] += numel
-            if not name.endswith(SMALL) and "norm" not in name:
+            if is_matrix:
                 matrices[kind].append(numel)
                 sums["routers"] += numel if ".mlp.router." in name else 0
             maps = linear_maps(name, shape) if muon else None
@@ -128,6 +133,7 @@ def count_parameters(
         **sums,
         dense_matrices=tuple(matrices["dense"]),
         expert_matrices=tuple(matrices["experts"]),
+        frozen_matrices=tuple(matrices["frozen"]),
         packed=packed,
         adapted=tuple(adapted_matrices(adapter, model)),
         muon_dense=tuple(by_muon["dense"]),
@@ -283,14 +289,27 @@ def update_groups(config: RunConfig, counts: ParameterCounts) -> tuple[tuple[int
 
     Biases, norms and sinks form groups that are too small to count.
     """
-    by_adamw = list(counts.dense_matrices)
-    by_muon = [maps.numel for maps in counts.muon_dense]
-    for numel in by_muon:
-        by_adamw.remove(numel)
     sub_group_size = None
     if config.zero_stage == 3:
         zero = config.engine_json["zero_optimization"]
         sub_group_size = int(zero.get("sub_group_size", SUB_GROUP_SIZE))
+    return optimizer_groups(config, counts, sub_group_size)
+
+
+def optimizer_groups(
+    config: RunConfig, counts: ParameterCounts, sub_group_size: int | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Return this rank's elements of each matrix, by the groups of the optimizer.
+
+    Args:
+        config: The layout.
+        counts: Parameters of the whole model.
+        sub_group_size: Parameters after which ZeRO-3 divides a group; None for whole groups.
+    """
+    by_adamw = list(counts.dense_matrices)
+    by_muon = [maps.numel for maps in counts.muon_dense]
+    for numel in by_muon:
+        by_adamw.remove(numel)
     return _groups_of(
         (tuple(by_adamw), tuple(by_muon)),
         counts.expert_matrices,

@@ -179,11 +179,17 @@ def test_120b_on_one_node_leaves_a_tenth_of_device_and_host_free(
     mix = template_with_corpora(run.data.mix.stem, tmp_path, seq_len=run.train.seq_len)
     assert dry_run(recipe, f"data.mix={mix}", gpu=recipe.gpu) == 0
     printed = capsys.readouterr().out
+    assert ("AdamW, moments in int8" in printed) == (run.train.optimizer_state == "int8")
     device = float(re.findall(r"sum +([\d.]+) GiB", printed)[0])
     assert device * 2**30 <= 0.9 * GPUS[recipe.gpu].memory_bytes
     size, unit = re.findall(r"of the 8 ranks of a node: ([\d.,]+) (GB|TB)", printed)[0]
     host = float(size) * {"GB": 1e9, "TB": 1e12}[unit]
     assert 0 < host <= 0.9 * NODES[path.stem.rsplit("-", 1)[1]]
+    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `{path.name}` .*$", page, re.MULTILINE)
+    speed = re.findall(r"([\d,]+) tokens/s/GPU", recipe.comment)[0]
+    assert f"| {device:.1f} of " in row
+    assert row.endswith(f"| {size} {unit} | {speed} |")
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)

@@ -24,7 +24,12 @@ from cpt.planning.host_work import (
     update_bytes,
     update_seconds,
 )
-from cpt.planning.memory import count_parameters, device_memory, trained_per_rank
+from cpt.planning.memory import (
+    count_parameters,
+    device_memory,
+    optimizer_groups,
+    trained_per_rank,
+)
 from cpt.storage.allocation import page_locked_bytes
 from data_pipeline.config.strict_yaml import Located
 from tests.support.launcher import ROOT
@@ -193,6 +198,20 @@ def test_page_locked_memory_is_rounded_up_to_a_power_of_two() -> None:
     assert host[name] == page_locked_bytes(SUMS) - SUMS
     pageable = resolved(optimizer={"pin_memory": False})
     assert name not in host_memory(pageable, MODEL, COUNTS)
+
+
+def test_weights_are_page_locked_by_groups_and_frozen_ones_each_by_itself() -> None:
+    """DeepSpeed has a flat buffer for each group of the optimizer; frozen parameters have none."""
+    name = "page-locked, rounded up"
+    groups = [2 * sum(group) for group in optimizer_groups(resolved(), COUNTS)]
+    assert sum(groups) == pytest.approx(2 * TRAINED, rel=1e-3)
+    wasted = sum(page_locked_bytes(size) - size for size in groups)
+    assert host_memory(resolved(param={}), MODEL, COUNTS)[name] == wasted
+    frozen = count_parameters(MODEL, ("*",))
+    each = [2 * (numel // 8) for numel in frozen.frozen_matrices]
+    assert sum(each) == pytest.approx(2 * (frozen.dense + frozen.experts) / 8, rel=1e-3)
+    wasted = sum(page_locked_bytes(size) - size for size in each)
+    assert host_memory(resolved(param={}), MODEL, frozen)[name] == wasted
 
 
 def test_node_without_the_memory_is_told_what_takes_it_and_what_to_do() -> None:
