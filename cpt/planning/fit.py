@@ -321,6 +321,12 @@ def offloading(start: PlannedStart) -> Iterator[Cure]:
     """Yield optimizer state, then weights too, in host memory."""
     zero = start.json.value["zero_optimization"]
     places = {"device": "cpu", "pin_memory": True}
+    block = zero.get("offload_optimizer", {})
+    if block.get("gradients") == "device":
+        yield Cure(
+            words="offload_optimizer.gradients: host",
+            start=start.with_zero(offload_optimizer={**block, "gradients": "host"}),
+        )
     if "offload_optimizer" not in zero:
         yield Cure(
             words="zero_optimization.offload_optimizer to the CPU",

@@ -99,6 +99,13 @@ def test_experts_in_4_bits_are_a_cure_for_adapters_and_for_nothing_else() -> Non
     assert list(packed_base(change.start)) == list(packed_base(start_of(1))) == []
 
 
+def test_gradients_on_the_host_are_a_cure_where_they_are_on_the_device() -> None:
+    start = start_of(1, ds="z3_offload_state")
+    assert not start.fits(H100)
+    (told,) = [cure for cure in cures(start, H100) if "offload_optimizer.gradients: host" in cure]
+    assert "GiB of host memory" in told
+
+
 def test_number_of_ranks_is_the_smallest_power_that_fits() -> None:
     start = start_of(1)
     (cure,) = [text for text in cures(start, H100) if "ranks in place of" in text]
