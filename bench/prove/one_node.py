@@ -36,7 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "bench" / "prove")]
 import measuring  # noqa: E402
-from nvme import AnonymousPeak, limited  # noqa: E402
+from nvme import AnonymousPeak, limited, remove  # noqa: E402
 from step_parts.cases import OURS, Case, model_config, row  # noqa: E402
 
 NODE_BYTES_PER_PARAMETER = 2e12 / 116.8e9
@@ -247,7 +247,7 @@ def prove(options: argparse.Namespace, state: str, parameters: int) -> bool:
         exported, found = run(options, "export", *setting, cgroup=cgroup)
         tell(f"{state}, export in bf16 and MXFP4", exported, found)
     finally:
-        cgroup.rmdir()
+        remove(cgroup)
     same = all(free["losses"][step] == loss for step, loss in again.get("losses", {}).items())
     print(f"losses of steps {', '.join(again.get('losses', {}))} as without a limit: {same}")
     resumed = "fault" in planned and again.get("first") == KILLED_SAVE - INTERVAL_STEPS
