@@ -106,14 +106,11 @@ def status_bytes(key: str) -> int:
 def kept_bytes(engine: object) -> int:
     """Return the bytes of all memory that the engine keeps for this rank between steps."""
     from cpt.deepspeed_adapter.shards import create_optimizer_state, state_tensors
+    from cpt.job.memory_report import bytes_on
 
     create_optimizer_state(engine)
-    sizes = {}
-    for tensors in state_tensors(engine).values():
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+    state = state_tensors(engine).values()
+    return bytes_on("cpu", [tensor for tensors in state for tensor in tensors])
 
 
 def build(
