@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cpt.config.layout import nearest_sizes
+from cpt.config.layout import nearest_divisors
 from cpt.config.precision_sections import BLOCK, QuantizeSection
 
 
@@ -41,12 +41,11 @@ def block_problems(
     columns = block_columns(model)
     if columns % world_size == 0:
         return []
-    divisors = [size for size in range(1, columns + 1) if columns % size == 0]
     return [
         f"train.quantize.experts is mxfp4, but {world_size} ranks cannot share an expert matrix "
         f"under ZeRO-3 without cutting its blocks: {columns} columns of blocks ({BLOCK} inputs of "
         f"all outputs of an expert) are no multiple of {world_size}, whatever autoep_size is. "
-        f"Nearest world sizes that can: {nearest_sizes(divisors, world_size)}. ZeRO stages 1 "
+        f"Nearest world sizes that can: {nearest_divisors(columns, world_size)}. ZeRO stages 1 "
         "and 2 have no such condition."
     ]
 

@@ -26,6 +26,11 @@ def nearest_sizes(sizes: Iterable[int], wanted: int) -> str:
     return ", ".join(str(size) for size in sorted(nearest))
 
 
+def nearest_divisors(total: int, wanted: int) -> str:
+    """Name the sizes that divide a total and are next to a value, for a message."""
+    return nearest_sizes([size for size in range(1, total + 1) if total % size == 0], wanted)
+
+
 def divides(total: int, name: str) -> Rule:
     """Return the rule that a size divides a total."""
     return Rule(lambda size: total % size == 0, f"does not divide the {name}")

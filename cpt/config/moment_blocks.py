@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cpt.config.layout import nearest_sizes
+from cpt.config.layout import nearest_divisors
 from cpt.storage.state_bytes import MOMENT_BLOCK, MomentForm
 
 
@@ -35,11 +35,11 @@ def moment_block_problems(form: MomentForm, model: Any, *, world_size: int) -> l
     blocks = math.gcd(*sizes.values()) // MOMENT_BLOCK
     if blocks % world_size == 0:
         return []
-    divisors = [size for size in range(1, blocks + 1) if blocks % size == 0]
     return [
         f"train.optimizer_state is int8, but {world_size} ranks cannot share the matrices of this "
         f"model without cutting blocks of {MOMENT_BLOCK} moments. Nearest world sizes that can: "
-        f"{nearest_sizes(divisors, world_size)}. train.optimizer_state: bf16 has no such condition."
+        f"{nearest_divisors(blocks, world_size)}. train.optimizer_state: bf16 has no such "
+        "condition."
     ]
 
 
