@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import measuring  # noqa: E402
 
-from cpt.storage.narrow_moments import CUT  # noqa: E402
+from cpt.storage.narrow_moments import CUT, add_half_, cut_  # noqa: E402
 from cpt.storage.state_bytes import MOMENTS, MomentForm, optimizer_bytes  # noqa: E402
 from cpt.training.narrow_adamw import NarrowAdamW  # noqa: E402
 
@@ -175,7 +175,7 @@ def drift(
             exact[name].lerp_(values, 1 - beta)
             for (form, kind), moments in held.items():
                 moments[name].lerp_(values, 1 - beta)
-                round_(moments[name], CUT[form], generator if kind == "stochastic" else None)
+                round_(moments[name], form, generator if kind == "stochastic" else None)
     found = []
     for (form, kind), moments in held.items():
         for name in MOMENTS:
@@ -195,15 +195,15 @@ def drift(
     return found
 
 
-def round_(values: torch.Tensor, cut: int, generator: torch.Generator | None) -> None:
+def round_(values: torch.Tensor, form: MomentForm, generator: torch.Generator | None) -> None:
     """Round the mantissas of fp32 values in place, to the nearest or stochastically."""
-    bits = values.view(torch.int32)
     if generator is None:
-        bits.add_(1 << (cut - 1))
+        add_half_(values, form)
     else:
-        shape = values.shape
-        bits.add_(torch.randint(0, 1 << cut, shape, generator=generator, dtype=torch.int32))
-    bits.bitwise_and_(-(1 << cut))
+        bits = values.view(torch.int32)
+        most = 1 << CUT[form]
+        bits.add_(torch.randint(0, most, values.shape, generator=generator, dtype=torch.int32))
+    cut_(values, form)
 
 
 def drift_line(found: dict[str, Any]) -> str:

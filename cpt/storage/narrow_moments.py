@@ -107,8 +107,13 @@ class Blocks:
     def fill(self, values: torch.Tensor) -> None:
         """Take any fp32 values (numel,), each rounded to the nearest."""
         rounded = values.to(self.codes.device, torch.float32, copy=True)
-        rounded.view(torch.int32).add_(1 << (CUT["int8"] - 1))
+        add_half_(rounded, "int8")
         self.encode(rounded)
+
+
+def add_half_(values: torch.Tensor, form: MomentForm) -> None:
+    """Add half a unit of a form to fp32 values in place: cut off then, they are the nearest."""
+    values.view(torch.int32).add_(1 << (CUT[form] - 1))
 
 
 def cut_(values: torch.Tensor, form: MomentForm) -> None:

@@ -32,6 +32,7 @@ from cpt.storage.narrow_moments import (
     EXPONENTS,
     Blocks,
     Scratch,
+    add_half_,
     cut_,
 )
 from cpt.storage.rounding_noise import (
@@ -230,11 +231,10 @@ class _Held:
         """Round values and keep them; they are overwritten."""
         if self._form == "fp32":
             return
-        cut = CUT[self._form]
         if self._is_stochastic:
-            add_noise_(values.view(torch.int32), start, runs, self._key, cut)
+            add_noise_(values.view(torch.int32), start, runs, self._key, CUT[self._form])
         elif self._blocks is not None:
-            values.view(torch.int32).add_(1 << (cut - 1))
+            add_half_(values, self._form)
         if self._blocks is not None:
             self._blocks.narrow(start, values.numel()).encode(values, self._scratch)
             return
