@@ -15,17 +15,22 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import GptOssConfig
 
-from cpt.config import LaunchInfo, RunYaml, resolve
+from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.deepspeed_adapter.groups import create_topology, init_distributed
+from cpt.deepspeed_adapter.shards import flat_partitions
 from cpt.job.engine_setup import build_engine, fill_weights, weight_source
-from cpt.job.memory_report import measured, peak_within, predicted
+from cpt.job.memory_report import bytes_on, measured, peak_within, predicted
 from cpt.model.configuration import PRESETS
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, SINGLE_FILE, is_expert_matrix
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
+from cpt.planning.host_memory import host_memory, largest_sub_group
+from cpt.planning.memory import counts_of
 from cpt.resilience.phase import PhaseClock
+from cpt.storage.state_bytes import gradient_place
+from cpt.training.engine import TrainingEngine
 from cpt.training.loader import MicroBatch, make_micro_batch
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from data_pipeline.dataset import PackedRow
@@ -37,6 +42,10 @@ MEASURED_STEPS = 3
 
 What a thread of gloo frees goes unseen and only ever adds to a peak (see `highest_level`).
 """
+ARRIVALS = "gradients on their way"
+"""The memory to which ZeRO-3 copies gradients from the device, for one update after the other."""
+ROUNDED = "rounded weights"
+"""The part of `host_memory` that DeepSpeed keeps under ZeRO 1 and 2."""
 MODEL = {
     **PRESETS["tiny"],
     "vocab_size": VOCABULARY,
@@ -84,6 +93,32 @@ def released_model(folder: Path) -> Path:
     return path
 
 
+def host_tensors(engine: TrainingEngine) -> dict[str, list[torch.Tensor]]:
+    """Return what stays on the host beside optimizer state and ZeRO-3's gradients, by part."""
+    zero = engine.deepspeed.optimizer
+    if engine.deepspeed.zero_optimization_stage() == 3:
+        copies = getattr(zero, "copies_for_update", None)
+        return {ARRIVALS: copies.buffers} if copies else {}
+    if not zero.cpu_offload:
+        return {}
+    gradients = [master.grad for master in flat_partitions(engine.deepspeed)]
+    return {"gradients": gradients, ROUNDED: zero.param_buffer_of_bit16_for_cpu_offload_groups}
+
+
+def of_both_places(config: RunConfig, model: GptOssConfig) -> dict[str, int]:
+    """Return what is planned for device and host, which are one memory here."""
+    sizes = predicted(config, model, "cpu")
+    counts = counts_of(config, model)
+    host = host_memory(config, model, counts)
+    for name in ("optimizer", "gradients", ROUNDED):
+        if name in host:
+            sizes[name] = sizes.get(name, 0) + host[name]
+    if config.zero_stage == 3 and gradient_place(config.engine_json) == "device":
+        # a CPU rounds weights where they go; the plan has the copy that a GPU needs
+        sizes[ARRIVALS] = host["update"] - config.itemsize * largest_sub_group(config, counts)
+    return sizes
+
+
 def run(shape: dict[str, Any], folder: Path) -> None:
     rows = shape["rows"]
     seq_len = shape["seq_len"]
@@ -110,6 +145,8 @@ def run(shape: dict[str, Any], folder: Path) -> None:
     zero = {"stage": shape["stage"], "reduce_bucket_size": "auto"}
     if shape["stage"] == 3:
         zero["stage3_param_persistence_threshold"] = "auto"
+    if shape["gradients"]:
+        zero["offload_optimizer"] = {"device": "cpu", "gradients": shape["gradients"]}
     experts = {"enabled": True, "autoep_size": WORLD_SIZE}
     ds = json.dumps({"zero_optimization": zero, "expert_parallel": experts})
     ds_json = parse_yaml(ds, "ds.json")
@@ -131,9 +168,12 @@ def run(shape: dict[str, Any], folder: Path) -> None:
             engine.step([measured_batch], tokens, step=step)
         peaks.append(peak)
     peak = min(peaks, key=lambda one: one.num_bytes)
-    ranks = gather_json(measured(engine, peak), topology.control_group)
+    sizes = measured(engine, peak)
+    for name, tensors in host_tensors(engine).items():
+        sizes[name] = bytes_on("cpu", tensors)
+    ranks = gather_json(sizes, topology.control_group)
     if topology.rank == 0:
-        found = {"predicted": predicted(config, model, "cpu"), "measured_by_rank": ranks}
+        found = {"predicted": of_both_places(config, model), "measured_by_rank": ranks}
         (folder / f"{shape['name']}.json").write_text(json.dumps(found))
     engine.deepspeed.destroy()
     dist.barrier()
