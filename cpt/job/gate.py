@@ -199,10 +199,11 @@ class _Gate:
         self._check_mix()
         self._check_phases()
         self.found_by_one.attempt(lambda: check_caches(os.environ, is_dry_run=self.is_dry_run))
+        if self.environment.local_rank == 0:
+            self._check_host()
         if self.environment.rank == 0:
             warn_of_settings(self.run_yaml)
             self._check_fit()
-            self._check_host()
             self._check_trackers()
             self._check_weights()
             self._check_kl_targets()
@@ -350,12 +351,19 @@ class _Gate:
             log.warning("%s%s", where, warning)
 
     def _check_host(self) -> None:
-        """Refuse to keep more on the host than this node has; a dry run may be elsewhere."""
+        """Refuse to keep more on the host than this node has, in any stage.
+
+        A dry run may be elsewhere.
+        """
         if self.config is None or self.is_dry_run or not self.trains:
             return
         ranks = self.environment.local_world_size
-        problem = host_problem(self.config, self.model_config, ranks, available_bytes())
-        self.found_by_one.add([] if problem is None else [problem])
+        available = available_bytes()
+        for number, config in enumerate(self.configs):
+            problem = host_problem(config, self.model_config, ranks, available)
+            if problem is not None:
+                where = f"stages[{number}]: " if len(self.configs) > 1 else ""
+                self.found_by_one.add([where + problem])
 
     def _card(self) -> Card | None:
         """Return the GPU that was named, or that of this rank; None if there is neither."""

@@ -12,9 +12,9 @@ from cpt.deepspeed_adapter.gradient_places import (
     CopiesForUpdate,
     SumsOnHost,
     clip_only_if_needed,
-    forget_sums,
     offloaded_gradients,
 )
+from cpt.deepspeed_adapter.gradients import discard_gradients
 from cpt.deepspeed_adapter.offload import on_host
 from cpt.storage.state_bytes import device_gradient_bytes, gradient_place, host_gradient_bytes
 
@@ -113,6 +113,17 @@ def test_gradients_add_up_where_adam_reads_them_and_begin_anew_with_a_step() -> 
     assert grad.data_ptr() == sums.data_ptr()
 
 
+def test_sums_on_the_host_are_clipped_if_the_norm_asks_for_it() -> None:
+    zero = zero2()
+    zero.loss_scale = zero.clip_grad = 1.0
+    clipped: list[float] = []
+    zero.unscale_and_clip_grads = lambda _, norm: clipped.append(float(norm))
+    SumsOnHost(zero)
+    zero.unscale_and_clip_grads([], torch.tensor(0.5))
+    zero.unscale_and_clip_grads([], torch.tensor(1.5))
+    assert clipped == [1.5]
+
+
 def test_first_gradient_is_added_to_zero_as_on_the_device() -> None:
     zero = zero2()
     SumsOnHost(zero)
@@ -123,7 +134,14 @@ def test_first_gradient_is_added_to_zero_as_on_the_device() -> None:
 
 def test_sums_of_a_dropped_step_are_forgotten() -> None:
     zero = zero2()
-    forget_sums(zero)
+    zero.cpu_offload = True
+    engine = SimpleNamespace(
+        optimizer=zero,
+        zero_optimization_stage=lambda: 2,
+        step=lambda: None,
+        was_step_applied=lambda: False,
+    )
+    discard_gradients(engine)
     assert zero.averaged_gradients == {0: None}
 
 

@@ -33,11 +33,12 @@ from cpt.checkpoint.reader import step_folder
 from cpt.errors import CheckpointError, ConfigError, DataError, InternalError, StorageError
 from cpt.job.caches import check_caches
 from cpt.job.findings import Findings, joined
+from cpt.job.gate import pass_gate
 from cpt.job.progress import Progress
 from cpt.model.configuration import PRESETS, load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.resilience.stop import StopRequest
-from cpt.run import main
+from cpt.run import main, parse_arguments
 from cpt.training.kl_targets import SIDECAR
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_file import load_mix
@@ -635,6 +636,23 @@ def test_gpu_of_the_machine_is_taken_unless_another_is_named(
     assert dry_run() == 78
     assert "Some GPU has 0.0 GiB" in capsys.readouterr().err
     assert dry_run_on("h100") == 0
+
+
+@pytest.mark.parametrize(("local_rank", "is_refused"), [(0, True), (1, False)])
+def test_state_that_a_node_cannot_hold_is_refused_by_the_first_rank_of_that_node(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, local_rank: int, is_refused: bool
+) -> None:
+    """The second of two nodes with two ranks each."""
+    own = {"RANK": 2 + local_rank, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 2}
+    for name, value in {**rank_environment(2, 4, 1), **own}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("cpt.job.gate.available_bytes", lambda: 1)
+    on_host = ("model.activation_checkpointing=true", "model.offload_checkpoints=true")
+    options = parse_arguments(arguments_of(workplace, *on_host, "train.global_batch_size=4"))
+    refusal = str(pass_gate(options).refusal)
+    assert ("the 2 ranks of this node keep" in refusal) == is_refused
+    options.dry_run = True
+    assert pass_gate(options).refusal is None, "a dry run may be elsewhere"
 
 
 def test_trackers_that_cannot_work_are_told_with_everything_else(
