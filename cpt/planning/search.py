@@ -263,7 +263,8 @@ def _attempts(run: RunYaml, gpu: Gpu) -> Iterator[tuple[tuple[Places, ...], Mome
     """Yield (places of state, form of the moments), from what costs least to what costs most."""
     own = run.train.optimizer_state
     forms = [own]
-    if not run.adapter.is_on:
+    # a start refuses Muon with another form
+    if not run.adapter.is_on and run.train.optimizer == "adamw":
         forms = list(FORMS[FORMS.index(own) :])
     for form in forms:
         yield IN_MEMORY, form

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from cpt.planning.matrix_updates import (
     shared_tensors,
 )
 from cpt.planning.memory import counts_of, device_memory
+from cpt.planning.search import search
 from cpt.training.muon import plan_work
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from tests.support.cut_tensors import cut
@@ -30,16 +32,20 @@ MODEL = load_config(None, "gpt-oss-20b")
 H100 = GPUS["h100"]
 
 
-def resolved(
-    optimizer: str, *, stage: int = 3, ep: int = 8, world_size: int = 8, **zero: Any
-) -> RunConfig:
+def run_yaml(optimizer: str, rows: int) -> RunYaml:
     text = f"""
 model: {{init: gpt-oss-20b}}
 data: {{mix: unused.yaml}}
-train: {{seq_len: 4096, global_batch_size: {world_size}, micro_batch_size: 1, total_steps: 1,
+train: {{seq_len: 4096, global_batch_size: {rows}, micro_batch_size: 1, total_steps: 1,
   lr: 1e-5, optimizer: {optimizer}}}
 """
-    run = read_file(RunYaml, parse_yaml(text, "run.yaml"))
+    return read_file(RunYaml, parse_yaml(text, "run.yaml"))
+
+
+def resolved(
+    optimizer: str, *, stage: int = 3, ep: int = 8, world_size: int = 8, **zero: Any
+) -> RunConfig:
+    run = run_yaml(optimizer, world_size)
     engine: dict[str, Any] = {"zero_optimization": {"stage": stage, **zero}}
     engine["expert_parallel"] = {"enabled": True, "autoep_size": ep}
     launch = LaunchInfo(world_size=world_size, local_world_size=8)
@@ -137,3 +143,16 @@ def test_plan_tells_the_time_of_orthogonalizing_only_with_muon() -> None:
         has_muon = optimizer == "muon"
         assert ("orthogonalizing" in found.seconds) == has_muon
         assert (found.wire["muon"].total > 0) == has_muon
+
+
+def test_search_offers_no_form_of_moments_that_a_start_refuses_beside_muon() -> None:
+    """With 360 GB on the host AdamW fits in bf16; Muon has an fp32 momentum."""
+    gpu = replace(H100, host_memory_bytes=360e9)
+    found = {}
+    for optimizer in ("adamw", "muon"):
+        counts = counts_of(resolved(optimizer, world_size=1, ep=1), MODEL)
+        run = run_yaml(optimizer, rows=128)
+        found[optimizer] = search(run, MODEL, counts, 1, gpu, Assumptions())
+    assert found["muon"] is None
+    assert found["adamw"] is not None
+    assert found["adamw"][0].optimizer_state == "bf16"
