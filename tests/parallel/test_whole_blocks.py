@@ -82,3 +82,33 @@ def test_blocks_that_all_ranks_hold_parts_of_are_divided_evenly() -> None:
         )
     blocks = [Block(tensor=tensor, offset=0, numel=12, cost=1) for tensor in range(8)]
     assert [len(plan_rounds(blocks, spans, rank)[0].blocks) for rank in range(4)] == [2, 2, 2, 2]
+
+
+def test_ranks_that_hold_a_part_of_every_tensor_get_whole_blocks_in_the_right_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As under ZeRO-3: each rank works on several blocks, and has parts of each from all ranks."""
+    num_ranks, part, num_tensors = 3, 4, 7
+    ranks = ThreadedRanks(num_ranks, monkeypatch)
+    group: Any = ranks
+    numel = num_ranks * part
+    whole = torch.arange(float(num_tensors * numel)).view(num_tensors, num_ranks, part)
+    blocks = [Block(tensor=number, offset=0, numel=numel, cost=1) for number in range(num_tensors)]
+    spans = []
+    for rank in range(num_ranks):
+        held = {}
+        for number in range(num_tensors):
+            held[number] = HeldRange(offset=part * rank, start=part * number, numel=part)
+        spans.append(held)
+
+    def work(rank: int) -> torch.Tensor:
+        found = torch.full((num_tensors * part,), -1.0)
+        for one in plan_rounds(blocks, spans, rank):
+            mine = one.gather(whole[:, rank].flatten(), torch.float32, CPU, group)
+            assert torch.equal(mine, whole[list(one.blocks)].flatten())
+            for piece, result in one.scatter(mine * 2, CPU, group):
+                found[piece.start : piece.start + piece.numel] = result
+        return found
+
+    results = torch.stack(ranks.run(work)).view(num_ranks, num_tensors, part)
+    assert torch.equal(results.transpose(0, 1), whole * 2)
