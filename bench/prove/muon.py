@@ -20,7 +20,6 @@ mean nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -49,6 +48,7 @@ from mxfp4_parts import texts  # noqa: E402
 from mxfp4_parts.training import Rows, Trainer, scored_sets  # noqa: E402
 
 from cpt.offline.ranks import single_process  # noqa: E402
+from data_pipeline.store.files import write_json  # noqa: E402
 
 SMALL_MODEL = {
     "hidden_size": 64,
@@ -153,7 +153,7 @@ def write_report(work_dir: Path, plan: Plan, options: argparse.Namespace) -> Non
         "trainings": results,
     }
     if options.json:
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, content, indent=1)
     if options.svg:
         source = f"{counted}; bands are 95 % intervals over seeds; {machine}, {date}"
         options.svg.write_text(report.draw(results, source), encoding="utf-8")

@@ -73,7 +73,7 @@ from cpt.guard.score import ScoredSet  # noqa: E402
 from cpt.offline.ranks import single_process  # noqa: E402
 from cpt.storage.state_bytes import MomentForm  # noqa: E402
 from cpt.training import narrow_adamw  # noqa: E402
-from data_pipeline.store.files import atomic_write  # noqa: E402
+from data_pipeline.store.files import write_json  # noqa: E402
 
 CONTROL = "to the nearest"
 
@@ -131,7 +131,7 @@ def main() -> None:
     if options.json is not None:
         origin = {"machine": platform.machine(), "torch": torch.__version__}
         content = {**origin, "date": time.strftime("%Y-%m-%d"), "cells": results}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, content, indent=1)
 
 
 def train_all(work_dir: Path, seeds: list[int], *, from_sample: bool) -> None:
@@ -148,8 +148,7 @@ def train_all(work_dir: Path, seeds: list[int], *, from_sample: bool) -> None:
                 path = file_of(work_dir, arm, seed)
                 if not path.exists():
                     result = train_cell(trainer, rows, sets, arm, seed)
-                    with atomic_write(path) as file:
-                        file.write(json.dumps(result).encode())
+                    write_json(path, result)
                     print(time.strftime("%H:%M:%S"), result, flush=True)
 
 

@@ -13,7 +13,7 @@ from mxfp4_parts.training import Rows, State, Trainer
 
 from cpt.config import TrainSection
 from cpt.guard.score import ScoredSet
-from data_pipeline.store.files import atomic_write
+from data_pipeline.store.files import write_json
 
 Name = Literal["adamw", "muon"]
 """A value of `train.optimizer`."""
@@ -139,6 +139,5 @@ def _written(folder: Path, cell: Cell, begin: float, facts: dict[str, Any]) -> d
         **facts,
         "cpu_seconds": round(time.process_time() - begin, 1),
     }
-    with atomic_write(folder / cell.file_name) as file:
-        file.write(json.dumps(result).encode())
+    write_json(folder / cell.file_name, result)
     return result
