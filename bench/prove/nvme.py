@@ -98,26 +98,40 @@ def run(
     options: argparse.Namespace, place: str, cgroup: Path | None = None
 ) -> tuple[int, dict[str, Any]]:
     """Run in a process of its own, and return its exit code and what it printed."""
+    command = [sys.executable, __file__, "--place", place]
+    command += ["--layers", str(options.layers), "--folder", options.folder]
+    done = run_within(cgroup, command)
+    if done.returncode > 0:
+        print(done.stderr[-2000:], file=sys.stderr)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.returncode, json.loads(lines[-1]) if lines else {}
+
+
+def run_within(
+    cgroup: Path | None, command: list[str], **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a process of one thread that hands freed memory back at once.
+
+    Args:
+        cgroup: Folder of the cgroup that it is in; None for that of this process.
+        command: The program with its arguments.
+        variables: Further variables of its environment.
+    """
     environment = {
         **os.environ,
         **measuring.RETURN_MEMORY,
         **measuring.single_process(),
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
-    command = [sys.executable, __file__, "--place", place]
-    command += ["--layers", str(options.layers), "--folder", options.folder]
 
     def join() -> None:
         if cgroup is not None:
             (cgroup / "cgroup.procs").write_text(str(os.getpid()))
 
-    done = subprocess.run(
+    return subprocess.run(
         command, env=environment, capture_output=True, text=True, preexec_fn=join, check=False
     )
-    if done.returncode > 0:
-        print(done.stderr[-2000:], file=sys.stderr)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return done.returncode, json.loads(lines[-1]) if lines else {}
 
 
 def limited(limit_bytes: int) -> Path | None:

@@ -28,15 +28,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "bench" / "prove")]
-import measuring  # noqa: E402
-from nvme import AnonymousPeak, limited, remove  # noqa: E402
+from nvme import AnonymousPeak, limited, remove, run_within  # noqa: E402
 from step_parts.cases import OURS, Case, model_config, row  # noqa: E402
 
 NODE_BYTES_PER_PARAMETER = 2e12 / 116.8e9
@@ -180,26 +178,11 @@ def run(
     fault: str = "",
 ) -> tuple[int, dict[str, Any]]:
     """Run a phase in a process of its own, and return its exit code and what it printed."""
-    environment = {
-        **os.environ,
-        **measuring.RETURN_MEMORY,
-        **measuring.single_process(),
-        "OMP_NUM_THREADS": "1",
-        "CPT_ALLOW_FAULTS": "1",
-        "CPT_FAULT": fault,
-    }
     command = [sys.executable, __file__, "--phase", phase, "--folder", options.folder]
     command += ["--layers", str(options.layers), *arguments]
 
     os.sync()  # pages that wait to be written count as memory of the cgroup
-
-    def join() -> None:
-        if cgroup is not None:
-            (cgroup / "cgroup.procs").write_text(str(os.getpid()))
-
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, preexec_fn=join, check=False
-    )
+    done = run_within(cgroup, command, CPT_ALLOW_FAULTS="1", CPT_FAULT=fault)
     if done.returncode > 0:
         print(done.stderr[-3000:], file=sys.stderr)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
