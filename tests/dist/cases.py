@@ -19,6 +19,7 @@ from cpt.training.sampling import Sampling
 from data_pipeline.dataset import PackedRow
 from data_pipeline.store.packing import Integers
 from data_pipeline.text.tokenizer import encode
+from tests.dist.spread_routing import spread_routing
 
 SEQ_LEN = 128
 ROWS = 8
@@ -39,6 +40,8 @@ SETTINGS: dict[str, Any] = {
 CLIPPING = 1.0
 KL_WEIGHT = 0.7
 KL_TOP_K = 5
+ROUTING_SEED = 9
+"""Seed of the experts that each kind of tokens chooses in `reference_model`."""
 SOURCES = ("even", "odd")
 """Sources of the rows, by the row's number in its batch."""
 PROMPTS = [[5, 17, 300, 42], [7], [*range(100, 140)]]
@@ -246,7 +249,7 @@ def model_config(expert_size: int = EXPERT_SIZE, *, num_layers: int = NUM_LAYERS
 def reference_model(expert_size: int = EXPERT_SIZE) -> GptOssForCausalLM:
     """Return the model in fp32 with random biases and sinks; zeros would hide half of the errors.
 
-    Expert 0 of layer 0 is always chosen and expert 5 of layer 1 never; sinks reach from -3 to 9.
+    Tokens go to many experts, unevenly (tests/dist/spread_routing.py); sinks reach from -3 to 9.
     """
     torch.manual_seed(0)
     config = model_config(expert_size)
@@ -257,17 +260,15 @@ def reference_model(expert_size: int = EXPERT_SIZE) -> GptOssForCausalLM:
             nn.init.normal_(parameter, std=0.5)
         if "sinks" in name:
             parameter.data = torch.linspace(-3, 9, parameter.numel())
-    with torch.no_grad():
-        model.model.layers[1].mlp.router.bias[5] = -50.0
-        model.model.layers[0].mlp.router.bias[0] = 2.0
+    spread_routing(model, seed=ROUTING_SEED)
     return model
 
 
 def decoding_model(vocab_size: int, num_layers: int) -> GptOssForCausalLM:
     """Return a small fp32 model whose next token depends on all tokens that it sees.
 
-    In `reference_model` biases outweigh the text: a wrong cache would change losses, but hardly a
-    token.
+    In `reference_model` the tokens before weigh little: a wrong cache would change losses, but
+    hardly a token.
     """
     torch.manual_seed(0)
     config = model_config(num_layers=num_layers)

@@ -20,6 +20,7 @@ from cpt.checkpoint.flat_planner import FlatRange
 from cpt.checkpoint.manifest import PARTS, read_manifest, verify_files
 from cpt.checkpoint.range_index import read_range_index
 from cpt.checkpoint.reader import read_ranges, step_folder
+from cpt.model.experts.grouped import ALIGNMENT_BYTES
 from cpt.model.freezing import freeze
 from cpt.planning.traffic import exchanges
 from cpt.training.optimizer import parameter_groups
@@ -43,6 +44,7 @@ from tests.dist.cases import (
     targets_of_step,
     write_targets,
 )
+from tests.dist.spread_routing import RouterWatch
 from tests.dist.worker import config_of
 from tests.support.launcher import ROOT, launch
 from tests.support.narrow_reference import round_moments
@@ -52,6 +54,11 @@ pytestmark = pytest.mark.dist
 TRAIN_SEED = 1234
 """The default of `train.seed`."""
 WORKER = ROOT / "tests" / "dist" / "worker.py"
+LEAST_MARGIN = 0.1
+"""Between the last chosen and the first other router logit; layouts differ by far less in fp32.
+
+Seen in three steps, by layer: 1.62, 0.96 and 0.76, in 9,216 choices of two among eight.
+"""
 LAYOUTS = [
     (1, 1, 1, 3),
     (2, 2, 1, 3),
@@ -144,6 +151,7 @@ class Reference:
         model = reference_model()
         freeze(model, frozen)
         model.save_pretrained(str(folder / "model"))
+        self.routing = RouterWatch(model)
         self.names = [name for name, _ in model.named_parameters()]
         groups = parameter_groups(model, SETTINGS["weight_decay"])
         optimizer = torch.optim.AdamW(
@@ -313,6 +321,23 @@ def assert_same_tensors(expected: dict[str, torch.Tensor], found: dict[str, torc
 
 def named(scenarios: list[Scenario]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("scenario", scenarios, ids=lambda s: s.name)
+
+
+def test_tokens_go_to_many_experts_unevenly(reference) -> None:
+    """Else the layouts would hardly exchange anything, and all of them the same."""
+    loads = reference.routing.loads
+    used = loads > 0
+    assert used.any(0).all(), f"an expert is never used: {loads}"
+    assert used.sum(1).min() >= 6, f"a layer uses few experts: {loads}"
+    assert not used.all(), f"no expert is ever without a token: {loads}"
+    assert (loads.amax(1) / loads.sum(1)).max() <= 0.35, f"an expert outweighs the rest: {loads}"
+    spread = loads.float().std(1) / loads.float().mean(1)
+    assert spread.min() >= 0.4, f"a layer loads its experts evenly: {loads}"
+
+
+def test_no_token_has_two_experts_that_suit_it_alike(reference) -> None:
+    """Else it could go to another expert in another layout, and losses differ for no fault."""
+    assert reference.routing.margins.min() >= LEAST_MARGIN, reference.routing.margins
 
 
 @named([*FULL, *VARIANTS])
@@ -561,7 +586,8 @@ def test_bytes_are_counted_for_the_exchanges_that_happen(results) -> None:
 def test_planned_bytes_are_those_that_the_run_counted(scenario, results, folder) -> None:
     """Attention's exchanges are planned to the byte.
 
-    How many rows leave for other experts is up to the router.
+    How many rows leave for other experts is up to the router: a plan takes even loads, and a rank
+    that has many tokens of one kind sends up to 7 % more or fewer.
     """
     planned = exchanges(config_of(scenario, folder), model_config(), ranks_per_node=8)
     kinds = ("ulysses", "halo", "experts")
@@ -570,7 +596,7 @@ def test_planned_bytes_are_those_that_the_run_counted(scenario, results, folder)
         counted = step["bytes_sent"]
         assert totals["ulysses"] == counted["ulysses"]
         assert totals["halo"] == counted["halo"]
-        assert totals["experts"] == pytest.approx(counted["experts"], rel=0.05)
+        assert totals["experts"] == pytest.approx(counted["experts"], rel=0.08)
 
 
 def test_layer_inputs_kept_on_the_host_change_no_bit(results, folder) -> None:
@@ -592,7 +618,11 @@ def test_kept_rows_are_not_sent_again_when_layers_are_recomputed(results) -> Non
         return results[key_of(scenario)][0]["bytes_sent"]["experts"]
 
     plain = sent(checkpointing=False)
-    # with micro batches of another size a token that two experts suit alike may go to the other
+    # micro batches of another size put rows on other ranks, so that others leave
     kept = sent(checkpointing=True, expert_recompute="keep")
-    assert kept == pytest.approx(plain, rel=0.01)
-    assert sent(checkpointing=True, expert_recompute="recompute") > 1.2 * plain
+    assert kept == pytest.approx(plain, rel=0.05)
+    row_bytes = model_config().hidden_size * 4
+    outward_bytes = row_bytes + ALIGNMENT_BYTES
+    layer_bytes = 2 * outward_bytes + 2 * row_bytes
+    recomputed = sent(checkpointing=True, expert_recompute="recompute")
+    assert recomputed * layer_bytes == kept * (layer_bytes + outward_bytes)
