@@ -5,8 +5,8 @@ layers experts and projections are those of tests/model/products/straight_throug
 
 Tolerances: 1e-6 in loss, and 2e-6 relative in the norm. Only sums have another order: a value that
 lies on a border between two codes within the last bits of fp32 may move to the next one, but one
-of so many values changes little. Rounding as a whole changes the loss by 9e-5, that of experts by
-8e-5, that of attention by 2e-5, so the comparison shows whether anything was rounded, and where.
+of so many values changes little. Rounding as a whole changes the loss by 3e-5, that of experts by
+8e-6, that of attention by 2e-5, so the comparison shows whether anything was rounded, and where.
 tests/model/products/test_model.py has a model in which products decide.
 
 `make test` has one launch of two ranks; the table of layouts is slow.
@@ -50,7 +50,7 @@ pytestmark = pytest.mark.dist
 
 EXPERT_SIZE = 64
 """A multiple of 32, which blocks need."""
-EXPERT_SCALE = 3.0
+EXPERT_SCALE = 1.5
 ROWS: dict[str, Any] = {"experts": "fp8", "attention": "fp8", "scaling": "rows"}
 BLOCKS: dict[str, Any] = {**ROWS, "scaling": "blocks"}
 ROUNDED_LAYERS = (1, 2)
