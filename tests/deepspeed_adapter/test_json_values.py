@@ -47,7 +47,7 @@ def zero(**keys: Any) -> dict[str, Any]:
         (zero(offload_optimizer={"device": "cpu", "pinned": True}), "pinned is not a known key"),
         ({"bf16": {"enabeld": True}}, "bf16.enabeld is not a known key. Did you mean"),
         ({"bf16": {"bf16_master_weights_and_grads": True}}, "kept in fp32; remove it"),
-        ({"bf16": {"bf16_optimizer_states": True}}, "kept in fp32; remove it"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "says how moments are held; remove it"),
         ({"communication_data_type": "fp16"}, "overflows in fp16"),
         ({"communication_data_type": "fp8"}, '"fp8", which is no dtype here'),
         ({"communication_data_type": 16}, "is 16, which is no dtype here"),

@@ -66,7 +66,7 @@ def save_models(folder: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter += 0.05 * parameter.std() * noise
+            parameter += 0.2 * parameter.std() * noise
     model.save_pretrained(str(folder / "moved"))
 
 
