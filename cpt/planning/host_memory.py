@@ -91,15 +91,13 @@ def _page_locked(
 ) -> Iterator[tuple[int, int]]:
     """Yield (number, bytes of each) of the large tensors that are page-locked."""
     yield parts.get("layer inputs", 0) // layer_input, layer_input
-    zero = config.engine_json["zero_optimization"]
-    if "weights" in parts and zero["offload_param"].get("pin_memory", True):
+    if "weights" in parts and is_page_locked(config, "param"):
         # one buffer for each group of the optimizer, and one for each frozen parameter
         for group in optimizer_groups(config, counts):
             yield 1, config.itemsize * sum(group)
         for numel in counts.frozen_matrices:
             yield 1, config.itemsize * (numel // config.world_size)
-    block = zero.get("offload_optimizer", {})
-    if block.get("device") != "cpu" or not block.get("pin_memory", True):
+    if "optimizer" not in parts or not is_page_locked(config, "optimizer"):
         return
     if config.zero_stage == 3:
         if gradient_place(config.engine_json) == "host":
@@ -111,6 +109,19 @@ def _page_locked(
         # the master weights, their gradients, and the rounded weights
         yield 2, FP32_BYTES * sum(group)
         yield 1, config.itemsize * sum(group)
+
+
+def is_page_locked(config: RunConfig, what: str) -> bool:
+    """Return whether copies of offloaded state run beside computing; files are never page-locked.
+
+    Args:
+        config: The layout.
+        what: `optimizer` or `param`. What is not offloaded keeps nothing waiting.
+    """
+    block = config.engine_json["zero_optimization"].get(f"offload_{what}")
+    if block is None:
+        return True
+    return block["device"] == "cpu" and bool(block.get("pin_memory", True))
 
 
 def largest_sub_group(config: RunConfig, counts: ParameterCounts) -> int:

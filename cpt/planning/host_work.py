@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from cpt.config import RunConfig
 from cpt.planning.hardware import Gpu
-from cpt.planning.host_memory import largest_sub_group
+from cpt.planning.host_memory import is_page_locked, largest_sub_group
 from cpt.planning.matrix_updates import HOST_MUON_BYTES
 from cpt.planning.memory import ParameterCounts, optimizer_state, trained_per_rank
 from cpt.storage.state_bytes import (
@@ -102,19 +102,6 @@ def _sums(config: RunConfig) -> tuple[int, int]:
     if config.zero_stage == 2:
         return micro_steps, micro_steps - 1
     return micro_steps, micro_steps
-
-
-def is_page_locked(config: RunConfig, what: str) -> bool:
-    """Return whether copies of offloaded state run beside computing; files are never page-locked.
-
-    Args:
-        config: The layout.
-        what: `optimizer` or `param`. What is not offloaded keeps nothing waiting.
-    """
-    block = config.engine_json["zero_optimization"].get(f"offload_{what}")
-    if block is None:
-        return True
-    return block["device"] == "cpu" and bool(block.get("pin_memory", True))
 
 
 def update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> dict[str, float]:
