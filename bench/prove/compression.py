@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from backports import zstd  # noqa: E402
 
-from cpt.checkpoint.flat_planner import FlatRange  # noqa: E402
+from cpt.checkpoint.flat_range import FlatRange  # noqa: E402
 from cpt.checkpoint.manifest import read_manifest  # noqa: E402
 from cpt.checkpoint.range_index import read_range_index  # noqa: E402
 from cpt.checkpoint.reader import read_ranges  # noqa: E402

@@ -12,7 +12,7 @@ The room divides the work as follows:
     metadata.py       `.metadata`: the same for the tools of torch.distributed.checkpoint (DCP)
     old_metadata.py, inert_pickle.py   the `.metadata` of checkpoints of format 1, read as data
     archives.py       the form of what DCP stores, and where the values lie in it
-    flat_planner.py   flat ranges of tensors
+    flat_range.py     flat ranges of tensors
     write_buffer.py   values on their way into a file: in pieces, hashed
     writer.py         writes the files of a checkpoint's folder and publishes it
     staging.py        copies of the state, and whether there is room for them

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.staging import Staging, Way
 from cpt.checkpoint.write_buffer import WriteBuffer

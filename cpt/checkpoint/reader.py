@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from cpt.checkpoint.archives import values_offset
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import (
     Manifest,
     TensorRecord,

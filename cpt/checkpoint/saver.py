@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.loading import stored_ranges, tensor_records
 from cpt.checkpoint.manifest import MANIFEST
 from cpt.checkpoint.own_part import OwnPart

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.errors import ConfigError
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import Manifest
 from cpt.checkpoint.range_index import RangeIndex, read_range_index
 from cpt.checkpoint.reader import read_ranges

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 import xxhash
 
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import FileRecord
 from cpt.storage.state_bytes import BF16_BYTES, FP32_BYTES, MOMENT_BLOCK
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cpt.checkpoint.archives import write_archive
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import (
     METADATA,
     RANGES,

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cpt.checkpoint.archives import values_offset, write_archive
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.write_buffer import HashedFile, WriteBuffer
 from cpt.errors import CheckpointError
 

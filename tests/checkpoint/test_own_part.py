@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import TensorRecord, read_manifest
 from cpt.checkpoint.own_part import OwnPart, Ranges
 from cpt.checkpoint.pruning import prune

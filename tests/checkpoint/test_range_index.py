@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import PARTS, RANGES, TensorRecord, read_manifest
 from cpt.checkpoint.range_index import (
     WrittenRange,

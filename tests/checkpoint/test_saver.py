@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from cpt.checkpoint import own_part, saver, writer
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import TensorRecord, read_manifest
 from cpt.checkpoint.reader import list_steps, read_weights, refusal_of, step_folder
 from cpt.checkpoint.save_in_progress import Published

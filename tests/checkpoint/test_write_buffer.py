@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import record_file
 from cpt.checkpoint.write_buffer import HashedFile, WriteBuffer
 from cpt.checkpoint.writer import would_write, write_ranges

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import PARTS, read_manifest, verify_files
 from cpt.checkpoint.range_index import read_range_index
 from cpt.checkpoint.reader import read_ranges, step_folder

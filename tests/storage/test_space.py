@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cpt.checkpoint import staging
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.staging import HostNeed, Staging, available_bytes, bytes_of_copy, choose_way
 from cpt.errors import ConfigError, StorageError
 from cpt.storage import space

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import METADATA
 from cpt.checkpoint.metadata import write_metadata
 from cpt.checkpoint.old_metadata import read_old_metadata
