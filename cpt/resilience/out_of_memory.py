@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _CURE = (
-    "Give the job more memory, or let it need less: checkpoint.async_save=false, fewer ranks a "
+    "Give the job more memory, or let it need less: checkpoint.async_save=stream, fewer ranks a "
     "node, no offloading to host memory."
 )
 
