@@ -24,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data_pipeline.store.hashing import splitmix64
+
 TABLE_BITS = 20
 """Bits of a random number."""
 WINDOW = 1 << TABLE_BITS
@@ -98,11 +100,9 @@ def noise_table(bits: int, device: torch.device) -> torch.Tensor:
 
     The second half repeats the first, so that a window that begins anywhere is one slice.
     """
-    with np.errstate(over="ignore"):
-        state = np.arange(WINDOW, dtype=np.uint64) * np.uint64(_GOLDEN)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(_FIRST)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(_SECOND)
-        state ^= state >> np.uint64(31)
+    # splitmix64 adds the increment once itself: the number 0 is scattered from a state of 0
+    places = np.arange(WINDOW, dtype=np.uint64) * np.uint64(_GOLDEN)
+    state = splitmix64(places - np.uint64(_GOLDEN))
     order = np.argsort(state).astype(np.int32) >> (TABLE_BITS - bits)
     return torch.from_numpy(np.concatenate([order, order])).to(device)
 
