@@ -257,15 +257,17 @@ def results(folder: Path, reference: Reference) -> dict[str, list[dict[str, Any]
     return run_all(folder, [*FULL, *VARIANTS, *PENALIZED, *WITH_KL, *MASKED, *WEIGHTED, *BF16])
 
 
-def run_all(folder: Path, scenarios: list[Scenario]) -> dict[str, list[dict[str, Any]]]:
+def run_all(
+    folder: Path, scenarios: list[Scenario], *, timeout_seconds: float = 400
+) -> dict[str, list[dict[str, Any]]]:
     """Run scenarios; return their steps by name and number of steps.
 
     There is one launch per world size, because starting up takes longer than running.
     """
     found = {}
-    for world_size in (1, 2, 4):
+    for world_size in sorted({scenario.world_size for scenario in scenarios}):
         chosen = [scenario for scenario in scenarios if scenario.world_size == world_size]
-        found.update(run_together(folder, chosen, world_size, timeout_seconds=400))
+        found.update(run_together(folder, chosen, world_size, timeout_seconds=timeout_seconds))
     return found
 
 

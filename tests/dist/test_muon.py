@@ -7,7 +7,6 @@ loss, 2e-5 relative in the norm, and a thousandth of the learning rate in each w
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,23 +21,25 @@ from tests.dist.cases import (
     SETTINGS,
     STEPS,
     Scenario,
-    parameter_file,
     reference_model,
     rows_of_two_passes,
 )
 from tests.dist.test_layout_parity import (
     assert_same_tensors,
     backward_of_step,
+    key_of,
     loss_differences,
     named,
     norm_differences,
+    run_all,
     stored_tensors,
 )
-from tests.support.launcher import ROOT, launch
 from tests.support.plain_muon import PlainMuon
 
 pytestmark = pytest.mark.dist
 
+TIMEOUT_SECONDS = 600
+"""For the launch of one world size."""
 OF_A_WEIGHT = 1e-3
 """Largest difference of a matrix's weight after the first step, in learning rates."""
 FROZEN = ("model.layers.0.*", "router")
@@ -122,28 +123,19 @@ def references() -> dict[tuple[str, ...], Reference]:
 
 @pytest.fixture(scope="module")
 def resumed(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    run_all(folder, [FIRST, BY_ADAMW])
-    return run_all(folder, [*RESUMED, GOES_OVER, GOES_BACK])
-
-
-def run_all(folder: Path, scenarios: list[Scenario]) -> dict[str, list[dict[str, Any]]]:
-    """Run scenarios, one launch for each world size; return their steps by name."""
-    for world_size in sorted({scenario.world_size for scenario in scenarios}):
-        chosen = [one.dump() for one in scenarios if one.world_size == world_size]
-        worker = ROOT / "tests" / "dist" / "worker.py"
-        codes = launch(worker, world_size, [str(folder), *chosen], timeout_seconds=600)
-        assert codes == [0] * world_size
-    return {one.name: json.loads(parameter_file(folder, one).read_text()) for one in scenarios}
+    run_all(folder, [FIRST, BY_ADAMW], timeout_seconds=TIMEOUT_SECONDS)
+    following = [*RESUMED, GOES_OVER, GOES_BACK]
+    return run_all(folder, following, timeout_seconds=TIMEOUT_SECONDS)
 
 
 @pytest.fixture(scope="module")
 def quick(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return run_all(folder, QUICK)
+    return run_all(folder, QUICK, timeout_seconds=TIMEOUT_SECONDS)
 
 
 @pytest.fixture(scope="module")
 def table(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return run_all(folder, TABLE)
+    return run_all(folder, TABLE, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def assert_steps(reference: Reference, steps: list[dict[str, Any]], start: int = 0) -> None:
@@ -177,7 +169,7 @@ def assert_trained_as(reference: Reference, scenario: Scenario, steps: Any, fold
 @named(QUICK)
 def test_layouts_train_with_muon_as_one_process(scenario, quick, references, folder) -> None:
     reference = references[scenario.freeze]
-    assert_trained_as(reference, scenario, quick[scenario.name], folder)
+    assert_trained_as(reference, scenario, quick[key_of(scenario)], folder)
 
 
 @pytest.mark.slow
@@ -186,7 +178,7 @@ def test_every_layout_and_place_trains_with_muon_as_one_process(
     scenario, table, references, folder
 ) -> None:
     reference = references[scenario.freeze]
-    assert_trained_as(reference, scenario, table[scenario.name], folder)
+    assert_trained_as(reference, scenario, table[key_of(scenario)], folder)
 
 
 @pytest.mark.slow
@@ -194,7 +186,7 @@ def test_the_same_layout_makes_the_same_bits(table, folder) -> None:
     scenario = next(one for one in TABLE if one.world_size == 4 and one.ep == 2)
     last = step_folder(folder / scenario.name, STEPS)
     before = {part: stored_tensors(last, part) for part in ("master", "exp_avg")}
-    run_all(folder, [scenario])
+    run_all(folder, [scenario], timeout_seconds=TIMEOUT_SECONDS)
     for part, tensors in before.items():
         assert_same_tensors(tensors, stored_tensors(last, part))
 
@@ -202,13 +194,13 @@ def test_the_same_layout_makes_the_same_bits(table, folder) -> None:
 @pytest.mark.slow
 @named(RESUMED)
 def test_any_layout_goes_on_with_the_momentum_of_another(scenario, resumed, references) -> None:
-    assert_steps(references[()], resumed[scenario.name], start=1)
+    assert_steps(references[()], resumed[key_of(scenario)], start=1)
 
 
 @pytest.mark.slow
 def test_a_run_that_goes_over_from_adamw_keeps_its_first_moment(resumed) -> None:
     reference = Reference(begins_with_adamw=True)
-    assert_steps(reference, resumed[GOES_OVER.name], start=1)
+    assert_steps(reference, resumed[key_of(GOES_OVER)], start=1)
 
 
 @pytest.mark.slow

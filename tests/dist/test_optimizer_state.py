@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from cpt.checkpoint.manifest import PARTS
-from tests.dist.cases import Scenario, rows_of_two_passes
+from tests.dist.cases import Scenario
 from tests.dist.test_layout_parity import (
-    LAYOUTS,
+    FULL,
     Reference,
     assert_alike,
     assert_same_tensors,
@@ -111,16 +111,9 @@ def test_a_checkpoint_of_one_form_is_gone_on_from_in_another(scenario, results, 
 
 
 TABLE = [
-    Scenario(
-        world_size=w,
-        sp=s,
-        ep=e,
-        stage=z,
-        micro_batch_size=rows_of_two_passes(w, s) if z == 3 else 1,
-        optimizer_state=form,
-    )
+    replace(scenario, saves_first=False, optimizer_state=form)
     for form in ("bf16", "int8")
-    for w, s, e, z in LAYOUTS
+    for scenario in FULL
 ]
 OFFLOADED = [
     replace(scenario, offloads={"optimizer": device})
