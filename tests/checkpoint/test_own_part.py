@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,20 @@ def part_of_rank() -> OwnPart:
     return OwnPart(0, 2**20, torch.device("cpu"))
 
 
-def save(run_dir: Path, own: OwnPart, state: State, step: int, way: Way = "wait") -> list[Written]:
+def save(
+    run_dir: Path,
+    own: OwnPart,
+    state: State,
+    step: int,
+    way: Way = "wait",
+    when_read: Callable[[], None] = lambda: None,
+) -> list[Written]:
     """Save a step as a run of one process does."""
     final = step_folder(run_dir, step)
     temporary = final.with_name(f".tmp-{final.name}")
     temporary.mkdir(parents=True)
     moving, frozen = state.ranges()
-    written = own.write(temporary, moving, frozen, step, way, ready=None, when_read=lambda: None)
+    written = own.write(temporary, moving, frozen, step, way, ready=None, when_read=when_read)
     tensors = {
         "a": TensorRecord(shape=(40,), dtype="float32"),
         "b": TensorRecord(shape=(50,), dtype="float32", trained=False),
@@ -156,8 +164,6 @@ def test_file_system_without_hard_links_gets_the_file_again(
 @pytest.mark.parametrize("way", ["copy", "stream"])
 def test_update_may_change_the_state_once_it_is_told_so(tmp_path: Path, way: Way) -> None:
     state = State()
-    own = part_of_rank()
-    moving, frozen = state.ranges()
     expected = state.trained.clone()
     calls = []
 
@@ -165,15 +171,8 @@ def test_update_may_change_the_state_once_it_is_told_so(tmp_path: Path, way: Way
         calls.append(1)
         state.trained.fill_(-1.0)
 
-    folder = tmp_path / "checkpoints" / "step-00000001"
-    folder.mkdir(parents=True)
-    written = own.write(folder, moving, frozen, 1, way, ready=None, when_read=update)
-    tensors = {
-        "a": TensorRecord(shape=(40,), dtype="float32"),
-        "b": TensorRecord(shape=(50,), dtype="float32", trained=False),
-    }
-    parts = [one.to_json() for one in written]
-    complete_folder(folder, parts, step=1, layout=LAYOUT, tensors=tensors, state={})
+    save(tmp_path, part_of_rank(), state, 1, way, when_read=update)
+    folder = step_folder(tmp_path, 1)
     weights = read_weights(folder, ["a"], read_manifest(folder))
     assert calls and torch.equal(weights["a"], expected)
 
