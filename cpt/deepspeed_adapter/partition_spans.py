@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cpt.deepspeed_adapter.shards import flat_partitions, place_of
+from cpt.deepspeed_adapter.shards import flat_partitions, parameters_of_partitions, place_of
 from cpt.parallel.whole_blocks import HeldRange
 
 
@@ -36,7 +36,7 @@ def partitions(engine: Any) -> list[FlatPartition]:
     """Return this rank's flat partitions, in the order in which the engine updates them."""
     zero = engine.optimizer
     is_stage3 = engine.zero_optimization_stage() == 3
-    members = zero.fp16_groups if is_stage3 else zero.bit16_groups
+    members = parameters_of_partitions(engine)
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     found = []
     for index, flat in enumerate(flat_partitions(engine)):

@@ -118,9 +118,8 @@ def moments_by_parameter(engine: Any) -> dict[str, dict[str, MomentForm]]:
 
     It is the same on all ranks, whatever a rank holds.
     """
-    zero = engine.optimizer
-    members = zero.fp16_groups if engine.zero_optimization_stage() == 3 else zero.bit16_groups
     by_id = {}
+    members = parameters_of_partitions(engine)
     for parameters, moments in zip(members, moments_of_partitions(engine), strict=True):
         for parameter in parameters:
             by_id[id(parameter)] = moments
@@ -129,6 +128,17 @@ def moments_by_parameter(engine: Any) -> dict[str, dict[str, MomentForm]]:
         if id(parameter) in by_id:
             found[name] = by_id[id(parameter)]
     return found
+
+
+def parameters_of_partitions(engine: Any) -> list[list[Any]]:
+    """Return the parameters that each flat partition is a part of, in the order of these.
+
+    They are the same on all ranks that share them, also those of which a rank holds nothing.
+    """
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return list(zero.fp16_groups)
+    return list(zero.bit16_groups)
 
 
 def flat_partitions(engine: Any) -> list[torch.Tensor]:
