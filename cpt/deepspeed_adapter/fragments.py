@@ -9,7 +9,7 @@ import torch
 
 from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.partition import full_local_numel
-from cpt.deepspeed_adapter.shards import flat_partitions, place_of
+from cpt.deepspeed_adapter.partition_spans import partitions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,15 +33,14 @@ def fragments_of(engine: Any, ep_rank: int) -> dict[torch.Tensor, list[Fragment]
         engine: The DeepSpeed engine.
         ep_rank: This rank's number among those that share the experts of a layer.
     """
-    partitions = flat_partitions(engine)
-    found: dict[torch.Tensor, list[Fragment]] = {flat: [] for flat in partitions}
-    for name, parameter in engine.module.named_parameters():
-        place = place_of(engine, parameter) if parameter.requires_grad else None
-        if place is None:
-            continue
-        offset = global_offset(parameter, place.offset, ep_rank)
-        fragment = Fragment(name=name, start=place.start, numel=place.numel, offset=offset)
-        found[partitions[place.partition]].append(fragment)
+    found: dict[torch.Tensor, list[Fragment]] = {}
+    for partition in partitions(engine):
+        fragments = []
+        for name, span in partition.spans.items():
+            offset = global_offset(partition.parameters[name], span.offset, ep_rank)
+            fragment = Fragment(name=name, start=span.start, numel=span.numel, offset=offset)
+            fragments.append(fragment)
+        found[partition.flat] = fragments
     return found
 
 
