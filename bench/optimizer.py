@@ -23,6 +23,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,7 @@ def contenders(numel: int) -> tuple[dict[str, Step], dict[str, int]]:
 
     add(REFERENCE, lambda p: torch.optim.AdamW([p], fused=True, **SETTINGS), 12 * numel)
     for form in OURS:
-        make = lambda p, form=form: ours(p, form)  # noqa: E731
-        add(f"{form} (this project)", make, optimizer_bytes(numel, form))
+        add(f"{form} (this project)", partial(ours, form=form), optimizer_bytes(numel, form))
     add("DeepSpeedCPUAdam, fp32", deepspeed_adam, 12 * numel)
     add("torchao, 8 bits", torchao_adam, 6 * numel + 2 * 4 * numel // 256)
     source = torch.randn(numel)

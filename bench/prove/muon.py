@@ -44,8 +44,9 @@ shrink()
 import torch  # noqa: E402
 from muon_parts import report  # noqa: E402
 from muon_parts.cells import BASE, Plan, continued, from_random_weights, result_of  # noqa: E402
-from mxfp4_parts import texts  # noqa: E402
-from mxfp4_parts.training import Rows, Trainer, scored_sets  # noqa: E402
+from mxfp4_parts.material import Material  # noqa: E402
+from mxfp4_parts.texts import JAPANESE, RELEASE  # noqa: E402
+from mxfp4_parts.training import Trainer  # noqa: E402
 
 from cpt.offline.ranks import single_process  # noqa: E402
 from data_pipeline.store.files import write_json  # noqa: E402
@@ -105,18 +106,15 @@ def main() -> None:
 def run_seeds(work_dir: Path, plan: Plan, seeds: list[int], *, from_sample: bool) -> None:
     """Run everything that is not done, one seed after the other."""
     scale = plan.scale
-    texts.write_all_texts(work_dir / "text", scale, from_sample=from_sample)
-    data = texts.open_texts(work_dir, scale)
-    sets = list(scored_sets(data))
+    material = Material(work_dir, scale, from_sample=from_sample)
+    sets = material.sets
     folder = work_dir / "cells"
     folder.mkdir(exist_ok=True)
     with single_process() as topology:
         trainer = Trainer(scale, topology)
         for seed in seeds:
-            mix = texts.read_mix(work_dir, scale, seed, texts.RELEASE)
-            base_rows = Rows(data, mix, scale, topology)
-            mix = texts.read_mix(work_dir, scale, seed, texts.JAPANESE)
-            rows = Rows(data, mix, scale, topology)
+            base_rows = material.rows(RELEASE, seed, topology)
+            rows = material.rows(JAPANESE, seed, topology)
             for cell in plan.cells(seed):
                 if result_of(folder, cell) is not None:
                     continue

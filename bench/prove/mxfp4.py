@@ -46,11 +46,13 @@ from guard_parts.small_vocabulary import shrink  # noqa: E402
 shrink()
 
 import torch  # noqa: E402
-from mxfp4_parts import outcome, product, releases, texts  # noqa: E402
+from mxfp4_parts import outcome, product, releases  # noqa: E402
 from mxfp4_parts.cells import Cell, finished, in_a_line, run_cell  # noqa: E402
 from mxfp4_parts.drawing import draw  # noqa: E402
+from mxfp4_parts.material import Material  # noqa: E402
 from mxfp4_parts.page import write_page  # noqa: E402
-from mxfp4_parts.training import Rows, Trainer, scored_sets  # noqa: E402
+from mxfp4_parts.texts import JAPANESE, RELEASE  # noqa: E402
+from mxfp4_parts.training import Trainer  # noqa: E402
 
 from cpt.offline.ranks import single_process  # noqa: E402
 from data_pipeline.store.files import write_json  # noqa: E402
@@ -83,18 +85,15 @@ def main() -> None:
 
 def run_cells(work_dir: Path, scale: Scale, seeds: list[int], *, from_sample: bool) -> None:
     """Run the cells that are not done, one seed after the other."""
-    texts.write_all_texts(work_dir / "text", scale, from_sample=from_sample)
-    data = texts.open_texts(work_dir, scale)
-    sets = list(scored_sets(data))
+    material = Material(work_dir, scale, from_sample=from_sample)
+    sets = material.sets
     folder = work_dir / "cells"
     folder.mkdir(exist_ok=True)
     with single_process() as topology:
         trainer = Trainer(scale, topology)
         for seed in seeds:
-            mix = texts.read_mix(work_dir, scale, seed, texts.RELEASE)
-            base_rows = Rows(data, mix, scale, topology)
-            mix = texts.read_mix(work_dir, scale, seed, texts.JAPANESE)
-            rows = Rows(data, mix, scale, topology)
+            base_rows = material.rows(RELEASE, seed, topology)
+            rows = material.rows(JAPANESE, seed, topology)
             for arm, cells in releases.cells_of_seed(scale, seed):
                 release = releases.make_release(folder, scale, trainer, base_rows, sets, arm, seed)
                 for cell in cells:

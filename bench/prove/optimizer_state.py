@@ -64,9 +64,10 @@ from guard_parts.small_vocabulary import shrink  # noqa: E402
 shrink()
 
 import torch  # noqa: E402
-from mxfp4_parts import texts  # noqa: E402
+from mxfp4_parts.material import Material  # noqa: E402
 from mxfp4_parts.outcome import interval  # noqa: E402
-from mxfp4_parts.training import Rows, Trainer, scored_sets  # noqa: E402
+from mxfp4_parts.texts import RELEASE  # noqa: E402
+from mxfp4_parts.training import Rows, Trainer  # noqa: E402
 
 from cpt.config import TrainSection  # noqa: E402
 from cpt.guard.score import ScoredSet  # noqa: E402
@@ -136,18 +137,15 @@ def main() -> None:
 
 def train_all(work_dir: Path, seeds: list[int], *, from_sample: bool) -> None:
     """Train the cells that are not done, one seed after the other."""
-    texts.write_all_texts(work_dir / "text", SCALE, from_sample=from_sample)
-    data = texts.open_texts(work_dir, SCALE)
-    sets = list(scored_sets(data))
+    material = Material(work_dir, SCALE, from_sample=from_sample)
     with single_process() as topology:
         trainer = Trainer(SCALE, topology)
         for seed in seeds:
-            mix = texts.read_mix(work_dir, SCALE, seed, texts.RELEASE)
-            rows = Rows(data, mix, SCALE, topology)
+            rows = material.rows(RELEASE, seed, topology)
             for arm in ARMS:
                 path = file_of(work_dir, arm, seed)
                 if not path.exists():
-                    result = train_cell(trainer, rows, sets, arm, seed)
+                    result = train_cell(trainer, rows, material.sets, arm, seed)
                     write_json(path, result)
                     print(time.strftime("%H:%M:%S"), result, flush=True)
 
