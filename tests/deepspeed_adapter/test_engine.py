@@ -42,8 +42,10 @@ def test_page_locked_memory_that_building_an_engine_leaves_goes_back_to_the_syst
         done.append("built")
         return SimpleNamespace(), None
 
+    def release() -> None:
+        done.append("released")
+
     monkeypatch.setattr(deepspeed, "initialize", build)
-    release = lambda: done.append("released")  # noqa: E731
     monkeypatch.setattr(torch._C, "_host_emptyCache", release, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     engine_json = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
