@@ -32,7 +32,7 @@ from cpt.planning.host_work import Copies, copies
 from cpt.planning.host_work import update_seconds as host_update_seconds
 from cpt.planning.low_precision import EightBitWork, rounding_seconds
 from cpt.planning.matrix_updates import MUON_BYTES, orthogonalizing_seconds
-from cpt.planning.memory import ParameterCounts, device_memory, trained_per_rank
+from cpt.planning.memory import ParameterCounts, device_memory, offloads, trained_per_rank
 from cpt.planning.part_times import PRODUCTS, REST, UPDATE_BYTES, Held, micro_step_parts
 from cpt.planning.step_work import PASSES, ModelSizes, Share
 from cpt.planning.traffic import Wire, traffic
@@ -286,7 +286,7 @@ def _busy_seconds(
 
 def _update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> dict[str, float]:
     """Return the time of clipping and the update, which the memory that holds the state bounds."""
-    if "offload_optimizer" in config.engine_json["zero_optimization"]:
+    if offloads(config, "optimizer"):
         return host_update_seconds(config, counts, gpu)
     moved = UPDATE_BYTES * trained_per_rank(config, counts)
     moved += MUON_BYTES * (counts.by_muon // config.world_size)

@@ -33,7 +33,7 @@ from cpt.config import RunConfig
 from cpt.planning.hardware import Gpu
 from cpt.planning.host_memory import is_page_locked, largest_sub_group
 from cpt.planning.matrix_updates import HOST_MUON_BYTES
-from cpt.planning.memory import ParameterCounts, optimizer_state, trained_per_rank
+from cpt.planning.memory import ParameterCounts, offloads, optimizer_state, trained_per_rank
 from cpt.storage.state_bytes import (
     FP32_BYTES,
     MomentForm,
@@ -72,12 +72,11 @@ def copies(config: RunConfig, counts: ParameterCounts, host: dict[str, int]) -> 
         counts: Parameters of the whole model.
         host: Bytes on the host by part.
     """
-    zero = config.engine_json["zero_optimization"]
     micro_steps = config.gradient_accumulation_steps
     # layer inputs go out in the forward and come back in the backward
     out: float = micro_steps * host.get("layer inputs", 0)
     back: float = out
-    if "offload_param" in zero:
+    if offloads(config, "param"):
         owned = (counts.dense + counts.experts) / config.world_size
         back += micro_steps * 2 * config.itemsize * owned
     sums_out, sums_back = _sums(config)
@@ -118,7 +117,7 @@ def update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> dict
     memory = (update_bytes(config, counts) + by_muon) / gpu.host_bytes_per_second
     cores = trained * ADAM_CORE_SECONDS[config.train.optimizer_state] / gpu.host_cores
     link_bytes = 0.0
-    if "offload_param" not in config.engine_json["zero_optimization"]:
+    if not offloads(config, "param"):
         link_bytes += config.itemsize * trained
     if gradient_place(config.engine_json) == "device" and config.zero_stage == 3:
         link_bytes += FP32_BYTES * largest_sub_group(config, counts)
