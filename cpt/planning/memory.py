@@ -238,12 +238,13 @@ def _device_optimizer(config: RunConfig, counts: ParameterCounts) -> int:
 def optimizer_state(config: RunConfig, counts: ParameterCounts) -> int:
     """Return the bytes of master weights and moments of one rank, wherever they lie."""
     trained = trained_per_rank(config, counts)
-    if config.train.optimizer_state != "int8":
+    form = config.train.optimizer_state
+    if form != "int8":
         by_muon = counts.by_muon // config.world_size
-        return state_bytes(config, trained - by_muon) + optimizer_bytes(by_muon, num_moments=1)
+        return optimizer_bytes(trained - by_muon, form) + optimizer_bytes(by_muon, num_moments=1)
     matrices = sum(counts.dense_matrices) - counts.routers + sum(counts.expert_matrices)
     in_blocks = matrices // config.world_size
-    return state_bytes(config, in_blocks) + optimizer_bytes(trained - in_blocks)
+    return optimizer_bytes(in_blocks, form) + optimizer_bytes(trained - in_blocks)
 
 
 def _gradients_begin_anew(config: RunConfig) -> bool:
@@ -347,11 +348,6 @@ def _groups_of(
 def trained_per_rank(config: RunConfig, counts: ParameterCounts) -> int:
     """Return the trained parameters whose state a rank holds."""
     return (counts.trained_dense + counts.trained_experts) // config.world_size
-
-
-def state_bytes(config: RunConfig, numel: int) -> int:
-    """Return the bytes of master weights and moments of parameters of matrices in memory."""
-    return optimizer_bytes(numel, config.train.optimizer_state)
 
 
 def offloads(config: RunConfig, what: str) -> bool:
