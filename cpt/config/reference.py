@@ -50,7 +50,12 @@ SEQUENCE_PARALLEL_SIZE = (
     "Ranks that share one packed row. auto takes the largest size that divides the ranks of a "
     "node, the query heads and `seq_len`, and that fits the key/value heads."
 )
-"""Meaning of the one key of ours in the DeepSpeed JSON that no dataclass holds."""
+"""Meaning of a key of ours in the DeepSpeed JSON that no dataclass holds."""
+GRADIENTS = (
+    "Where gradients add up if the optimizer state is offloaded: beside it on the host, or on the "
+    "device, which needs ZeRO stage 2 or 3."
+)
+"""Likewise."""
 
 SCALARS: dict[Any, tuple[str, str]] = {
     bool: ("true or false", "boolean"),
@@ -206,7 +211,7 @@ def _deepspeed_json() -> str:
     hints = typing.get_type_hints(ExpertParallelJson)
     lines = [
         "## DeepSpeed JSON\n",
-        "A DeepSpeed configuration with two additional keys. Batch sizes and `gradient_clipping`",
+        "A DeepSpeed configuration with three additional keys. Batch sizes and `gradient_clipping`",
         'may be `"auto"`: they then follow the run YAML. A number must agree with it.\n',
         "### Keys of this project\n",
         "- **`sequence_parallel_size`** (whole number or `auto`; default: `1`)  ",
@@ -216,6 +221,11 @@ def _deepspeed_json() -> str:
         kind = f"{_type_text(hints[field.name])}; {_default_text(field)}"
         lines.append(f"- **`expert_parallel.{field.name}`** ({kind})  ")
         lines.append(_meaning(meanings[field.name]))
+    lines.append(
+        "- **`zero_optimization.offload_optimizer.gradients`** (`host` \\| `device`; default: "
+        '`"host"`)  '
+    )
+    lines.append(_meaning(GRADIENTS))
     lines.append("\n### Keys of DeepSpeed that are accepted\n")
     lines.append("They keep DeepSpeed's meaning; every other key is refused as unknown.\n")
     accepted = [key for key in KNOWN_KEYS if key not in OWN_KEYS]
