@@ -3,11 +3,12 @@
 The oracle is transformers' eager gpt-oss with explicit masks and torch's AdamW, in whose inner
 layers experts and projections are those of tests/model/products/straight_through.py.
 
-Tolerances: 1e-6 in loss, and 2e-6 relative in the norm. Only sums have another order: a value that
-lies on a border between two codes within the last bits of fp32 may move to the next one, but one
-of so many values changes little. Rounding as a whole changes the loss by 3e-5, that of experts by
-8e-6, that of attention by 2e-5, so the comparison shows whether anything was rounded, and where.
-tests/model/products/test_model.py has a model in which products decide.
+Tolerances: 1e-6 in loss, and 2e-6 relative in the norm; 3e-6 and 5e-6 where the first and the last
+layer are rounded, too. Only sums have another order: a value that lies on a border between two
+codes within the last bits of fp32 may move to the next one. How much that changes is measured in
+the one process, by noise in the last bit of the operands. Rounding as a whole changes the loss by
+3e-5, that of experts by 8e-6, that of attention by 2e-5, so the comparison shows whether anything
+was rounded, and where. tests/model/products/test_model.py has a model in which products decide.
 
 `make test` has one launch of two ranks; the table of layouts is slow.
 """
@@ -25,7 +26,7 @@ from torch import nn
 from transformers import GptOssForCausalLM
 
 from cpt.model.experts.function import Activation, Parameters
-from cpt.model.products.e4m3 import Scaling
+from cpt.model.products.e4m3 import Scaling, rounded
 from cpt.model.products.layers import PROJECTIONS
 from cpt.model.weights.hf_layout import EXPERT_TENSORS
 from tests.dist.cases import (
@@ -56,6 +57,12 @@ BLOCKS: dict[str, Any] = {**ROWS, "scaling": "blocks"}
 ROUNDED_LAYERS = (1, 2)
 LOSS_TOLERANCE = 1e-6
 NORM_TOLERANCE = 2e-6
+ALL_LAYERS: dict[str, Any] = {"bf16_layers": [0, 0]}
+ATTENTION: dict[str, Any] = {"attention": "fp8", **ALL_LAYERS}
+ALL_LAYERS_LOSS_TOLERANCE = 3e-6
+ALL_LAYERS_NORM_TOLERANCE = 5e-6
+LAST_BIT = 1.2e-7
+"""The last bit of fp32, relative."""
 
 
 def scenario(world_size: int, sp: int, ep: int, stage: int, **given: Any) -> Scenario:
@@ -86,7 +93,7 @@ TABLE = [
     scenario(4, 1, 4, 3, checkpointing=True, expert_recompute="keep", micro_batch_size=2),
     scenario(4, 1, 2, 3, expert_overlap="halves", products=BLOCKS, micro_batch_size=2),
     scenario(2, 1, 2, 3, products={"experts": "fp8"}),
-    scenario(2, 2, 1, 3, products={"attention": "fp8", "bf16_layers": [0, 0]}),
+    scenario(2, 2, 1, 3, products=ATTENTION),
     scenario(2, 1, 2, 3, offloads={"optimizer": "cpu", "param": "cpu"}),
     BF16,
 ]
@@ -213,8 +220,16 @@ def assert_equal_to_oracle(chosen: Scenario, found: Results, oracles: Oracles) -
     by_loss = loss_differences(steps, oracle.losses)
     by_norm = norm_differences(steps, oracle.norms)
     told = f"{chosen.name}: loss differences {by_loss}, relative norm differences {by_norm}"
-    assert max(by_loss) <= LOSS_TOLERANCE, told
-    assert max(by_norm) <= NORM_TOLERANCE, told
+    loss_tolerance, norm_tolerance = tolerances(chosen.products)
+    assert max(by_loss) <= loss_tolerance, told
+    assert max(by_norm) <= norm_tolerance, told
+
+
+def tolerances(products: dict[str, Any]) -> tuple[float, float]:
+    """Return the tolerances of losses and of relative norms."""
+    if products.get("bf16_layers") == ALL_LAYERS["bf16_layers"]:
+        return ALL_LAYERS_LOSS_TOLERANCE, ALL_LAYERS_NORM_TOLERANCE
+    return LOSS_TOLERANCE, NORM_TOLERANCE
 
 
 def named(scenarios: list[Scenario]) -> pytest.MarkDecorator:
@@ -237,13 +252,38 @@ def test_rounding_shows_in_the_loss(oracles: Oracles) -> None:
 @pytest.mark.slow
 def test_each_choice_of_products_has_a_loss_or_a_norm_of_its_own() -> None:
     """Else the table would pass with products rounded in other layers, or others of them."""
-    variants = [ROWS, {**ROWS, "bf16_layers": [0, 0]}, {"experts": "fp8"}, {"attention": "fp8"}]
+    variants = [ROWS, {**ROWS, **ALL_LAYERS}, {"experts": "fp8"}, {"attention": "fp8"}]
     found = [Oracle(products, num_steps=1) for products in ({}, *variants)]
     for index, one in enumerate(found):
         for other in found[:index]:
             in_loss = abs(one.losses[0] - other.losses[0])
             in_norm = abs(one.norms[0] / other.norms[0] - 1)
             assert in_loss > 2 * LOSS_TOLERANCE or in_norm > 2 * NORM_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("products", [ROWS, ATTENTION], ids=["inner", "all"])
+def test_the_last_bit_of_operands_moves_one_process_within_the_tolerances(
+    products: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes on a border, and nothing else, are what the tolerances allow for."""
+    quiet = Oracle(products, num_steps=3)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        monkeypatch.setattr(straight_through, "rounded", partial(noisily_rounded, generator))
+        noisy = Oracle(products, num_steps=3)
+        for index, (loss, norm) in enumerate(zip(noisy.losses, noisy.norms, strict=True)):
+            in_loss = abs(loss - quiet.losses[index])
+            in_norm = abs(norm / quiet.norms[index] - 1)
+            loss_tolerance, norm_tolerance = tolerances(products)
+            assert in_loss <= loss_tolerance and in_norm <= norm_tolerance
+
+
+def noisily_rounded(
+    generator: torch.Generator, values: torch.Tensor, axis: int, scaling: Scaling
+) -> torch.Tensor:
+    noise = 2 * torch.rand(values.shape, generator=generator) - 1
+    return rounded(values * (1 + LAST_BIT * noise), axis, scaling)
 
 
 @pytest.mark.slow
