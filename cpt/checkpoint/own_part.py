@@ -11,10 +11,13 @@ Decisions
     A file system without hard links gets the file again.
     What is linked shares its bytes on disk. If they decay, every checkpoint that links to them is
     rejected.
+    A rank that gets no memory for a copy of its state writes the state as it lies, in this save and
+    in later ones. Only its next update waits longer, so no other rank need know.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +33,8 @@ from cpt.checkpoint.write_buffer import WriteBuffer
 from cpt.checkpoint.writer import Written, shard_name, would_write, write_ranges, write_shard
 from cpt.errors import CheckpointError
 from cpt.resilience.faults import fault_point
+
+log = logging.getLogger("cpt.checkpoint")
 
 Ranges = dict[str, FlatRange]
 
@@ -47,7 +52,7 @@ class OwnPart:
         """
         self._rank = rank
         self._buffer = WriteBuffer(buffer_bytes)
-        self._staging = Staging()
+        self._staging: Staging | None = Staging()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._loaded: Path | None = None
         self._published: tuple[Path, Written] | None = None
@@ -79,7 +84,7 @@ class OwnPart:
             moving: What an update changes.
             frozen: What it does not change.
             step: Optimizer steps done.
-            way: Whether `moving` is copied first.
+            way: Whether `moving` is copied first, if there is memory for that.
             ready: See `ready`.
             when_read: Called once an update may change `moving`.
         """
@@ -87,8 +92,10 @@ class OwnPart:
         with self._beside_training(ready):
             if way == "copy":
                 fault_point("save_copy", step)
-                moving = self._staging.copy(moving)
-                when_read()
+                copied = self._copied(moving)
+                if copied is not None:
+                    moving = copied
+                    when_read()
             rank = self._rank
             buffer = self._buffer
             written = [write_ranges(folder, moving, rank, step, buffer=buffer, when_read=when_read)]
@@ -96,6 +103,22 @@ class OwnPart:
                 self._written_frozen = self._frozen_part(folder, frozen)
                 written.append(self._written_frozen)
         return written
+
+    def _copied(self, ranges: Ranges) -> Ranges | None:
+        """Return a copy in host memory; None, now and ever after, if there is no memory for it."""
+        if self._staging is None:
+            return None
+        try:
+            return self._staging.copy(ranges)
+        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError
+            self._staging = None
+            log.warning(
+                "rank %d has no host memory for a copy of its state, and writes it as it lies from "
+                "now on: the next update waits until it is written (%s)",
+                self._rank,
+                f"{type(error).__name__}: {error}".splitlines()[0],
+            )
+            return None
 
     @contextmanager
     def _beside_training(self, ready: torch.cuda.Event | None) -> Iterator[None]:

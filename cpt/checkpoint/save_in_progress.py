@@ -30,7 +30,9 @@ class Published:
     blocked_seconds: float
     """Part of this time in which training stood still."""
     update_wait_seconds: float
-    """Part of `blocked_seconds` that an update waited, inside a step."""
+    """Part of `blocked_seconds` that an update waited, inside a step, on the rank that waited
+    longest: the others waited for that rank.
+    """
     way: Way
     """How it was made."""
     num_bytes: int
@@ -56,6 +58,7 @@ class SaveInProgress:
         self.written: list[Written] | None = None
         self.num_bytes = 0
         self.linked_bytes = 0
+        self.update_wait_seconds = 0.0
         self.is_publishing = False
         self.error: Exception | None = None
         self.thread: threading.Thread | None = None

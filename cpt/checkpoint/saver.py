@@ -251,15 +251,12 @@ class Saver:
 
     def _outcome(self, save: SaveInProgress) -> Published:
         """Return what is told of a published checkpoint."""
-        update_wait = 0.0
-        if save.way != "wait":
-            update_wait = self._engine.state_reading.waited_seconds
         return Published(
             step=save.step,
             folder=save.final,
             seconds=time.perf_counter() - save.started,
-            blocked_seconds=save.blocked_seconds + update_wait,
-            update_wait_seconds=update_wait,
+            blocked_seconds=save.blocked_seconds + save.update_wait_seconds,
+            update_wait_seconds=save.update_wait_seconds,
             way=save.way,
             num_bytes=save.num_bytes,
             linked_bytes=save.linked_bytes,
@@ -294,7 +291,7 @@ class Saver:
         on_first_rank(self._topology.control_group, fresh_folder)
 
     def _gather_parts(self, save: SaveInProgress) -> list[Part]:
-        """Return the files of all ranks.
+        """Return the files of all ranks, and note what they took.
 
         Raises:
             StorageError: a rank could not write.
@@ -302,10 +299,12 @@ class Saver:
         group = self._topology.control_group
         together(group, save.check)
         assert save.written is not None
-        own = [written.to_json() for written in save.written]
+        files = [written.to_json() for written in save.written]
+        waited = 0.0 if save.way == "wait" else self._engine.state_reading.waited_seconds
         parts = []
-        for of_rank in gather_json(own, group):
-            parts += of_rank
+        for files_of_rank, waited_by_rank in gather_json((files, waited), group):
+            parts += files_of_rank
+            save.update_wait_seconds = max(save.update_wait_seconds, waited_by_rank)
         save.num_bytes = sum(part["file"]["bytes"] for part in parts)
         save.linked_bytes = sum(part["file"]["bytes"] for part in parts if part["is_linked"])
         return parts

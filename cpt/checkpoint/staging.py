@@ -46,6 +46,9 @@ class Staging:
         """Return the ranges with their content copied to host memory, valid until the next call.
 
         On a GPU the copies run on the current stream.
+
+        Raises:
+            RuntimeError: there is no memory for the buffers.
         """
         copies = {}
         for key, part in ranges.items():

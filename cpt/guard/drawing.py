@@ -21,6 +21,7 @@ import numpy as np
 from cpt.config import GuardSection
 from cpt.guard.betting import documents_needed
 from cpt.guard.yardstick import FALSE_ALARM_SHARE
+from data_pipeline.store.hashing import splitmix64_numbers
 from data_pipeline.store.packing import Integers
 
 DOCUMENT_SPREAD_PERCENT = 2.0
@@ -88,7 +89,7 @@ def drawing_order(clusters: Integers) -> tuple[Integers, int]:
 
     The first document of every cluster comes before the second of any.
     """
-    by_hash = np.argsort(_hashes(len(clusters)), kind="stable")
+    by_hash = np.argsort(splitmix64_numbers(len(clusters)), kind="stable")
     of_cluster = np.argsort(clusters[by_hash], kind="stable")
     ordered = clusters[by_hash][of_cluster]
     begins = np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]
@@ -97,14 +98,6 @@ def drawing_order(clusters: Integers) -> tuple[Integers, int]:
     numbers = np.arange(len(clusters))
     rank_in_cluster[of_cluster] = numbers - np.repeat(starts, np.diff([*starts, len(clusters)]))
     return by_hash[np.argsort(rank_in_cluster, kind="stable")], len(starts)
-
-
-def _hashes(count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """Return a random-looking number for each of 0, 1, ...: splitmix64, the same everywhere."""
-    value = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 def fresh_per_look(

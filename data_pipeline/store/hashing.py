@@ -26,6 +26,11 @@ def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+def splitmix64_numbers(count: int) -> npt.NDArray[np.uint64]:
+    """Return the first numbers of a SplitMix64 generator that starts at 0."""
+    return splitmix64(np.arange(count, dtype=np.uint64) * _INCREMENT)
+
+
 def splitmix64_inverse(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Return the integers that `splitmix64` scatters to these."""
     values = values ^ (values >> np.uint64(31)) ^ (values >> np.uint64(62))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from cpt.checkpoint.own_part import OwnPart, Ranges
 from cpt.checkpoint.pruning import prune
 from cpt.checkpoint.reader import list_steps, read_weights, refusal_of, step_folder
 from cpt.checkpoint.save_in_progress import SaveInProgress
-from cpt.checkpoint.staging import Way
+from cpt.checkpoint.staging import Staging, Way
 from cpt.checkpoint.writer import Written, complete_folder, publish_folder
 from cpt.errors import StorageError
 
@@ -189,3 +190,34 @@ def test_disk_that_is_full_is_told_with_the_cause(tmp_path: Path) -> None:
     save_of_step.thread.join()
     with pytest.raises(StorageError, match="no space left"):
         save_of_step.check()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory: 1\n2"), MemoryError()])
+def test_a_rank_without_memory_for_a_copy_writes_the_state_as_it_lies_from_then_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    own = part_of_rank()
+    state = State()
+    attempts = []
+
+    def fail(staging: Staging, ranges: Ranges) -> Ranges:
+        attempts.append(len(ranges))
+        raise error
+
+    monkeypatch.setattr(Staging, "copy", fail)
+    when_read = []
+
+    def note(shard: Path) -> None:
+        when_read.append(shard.exists())
+
+    for step in (1, 2):
+        folder = step_folder(tmp_path, step)
+        shard = folder.with_name(f".tmp-{folder.name}") / "__0_0.distcp"
+        save(tmp_path, own, state, step, "copy", partial(note, shard))
+        check_whole(tmp_path, step, state)
+    assert attempts == [3] and when_read == [True, True], "one attempt; updates wait for the file"
+    (warning,) = caplog.messages
+    assert "rank 0 has no host memory for a copy" in warning and "\n" not in warning

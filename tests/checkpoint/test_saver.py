@@ -22,6 +22,7 @@ from cpt.checkpoint.saver import Saver
 from cpt.config import CheckpointSection
 from cpt.deepspeed_adapter.state_reading import StateReading
 from cpt.errors import InternalError, StorageError
+from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
 
 BEGIN = 1.0
@@ -190,3 +191,18 @@ def test_failed_save_is_told_when_ranks_meet_and_holds_up_nothing(
         assert list(step_folder(tmp_path, 1).parent.iterdir()) == []
         made.start(2, {})
         assert values_of(made.finish()).unique().tolist() == [BEGIN + 1]
+
+
+def test_the_rank_whose_update_waited_longest_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beside_another_rank(value: Any, group: Any) -> list[Any]:
+        is_part = isinstance(value, tuple)
+        return [*gather_json(value, group), *([([], 5.0)] if is_part else [])]
+
+    with saver_of(tmp_path, Engine(), monkeypatch, True) as made:
+        monkeypatch.setattr(saver, "gather_json", beside_another_rank)
+        made.start(1, {})
+        published = made.finish()
+        assert published is not None and published.update_wait_seconds == 5.0
+        assert published.blocked_seconds > 5.0
