@@ -147,8 +147,8 @@ def nvme_bytes(config: RunConfig, counts: ParameterCounts) -> int:
     if zero.get("offload_optimizer", {}).get("device") == "nvme":
         moved += 2 * optimizer_state(config, counts)
         if gradient_place(config.engine_json) == "host":
-            # a sum is read and written in every micro step, and read by Adam
-            moved += (2 * config.gradient_accumulation_steps + 1) * FP32_BYTES * trained
+            # a sum is read and written in every micro step, and read by the norm and by Adam
+            moved += (2 * config.gradient_accumulation_steps + 2) * FP32_BYTES * trained
     if zero.get("offload_param", {}).get("device") == "nvme":
         # gathered twice in every micro step, and written by the update
         moved += (2 * config.gradient_accumulation_steps + 1) * config.itemsize * trained

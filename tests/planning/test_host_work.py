@@ -145,7 +145,7 @@ def test_state_on_nvme_is_read_and_written_by_the_disks() -> None:
     assert nvme_bytes(resolved(optimizer={}), COUNTS) == 0
     device = resolved(optimizer={**block, "gradients": "device"})
     assert nvme_bytes(device, COUNTS) == 2 * 12 * TRAINED
-    sums = (2 * MICRO_STEPS + 1) * 4
+    sums = (2 * MICRO_STEPS + 2) * 4
     assert nvme_bytes(resolved(optimizer=block), COUNTS) == (2 * 12 + sums) * TRAINED
     gpu = replace(GPU, nvme_bytes_per_second=2e9)
     one = estimate(device, MODEL, COUNTS, gpu, Assumptions())
