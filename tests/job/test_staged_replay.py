@@ -14,7 +14,9 @@ from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.replay_share import EPOCH_MARGIN, ReplayShares, Stretch
 from cpt.job.guard_levers import lever_limits
 from cpt.job.job import Job
+from cpt.job.stretches import capped_phases
 from data_pipeline.config.mix_config import GuardConfig, GuardDomain, MixConfig
+from data_pipeline.config.schedule_config import SchedulePhase
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.config.stage_config import StageConfig
 from data_pipeline.errors import DataError
@@ -78,6 +80,9 @@ class StagedData:
     @staticmethod
     def rows(name: str, stage: int) -> int:
         return ENGLISH_ROWS[stage] if name == "en" else 1000
+
+    def of_stage(self, stage: int) -> StagedData:
+        return StagedData(stage)
 
     def row_tokens(self, source: int) -> Any:
         name = self.source_names[source]
@@ -179,3 +184,47 @@ def test_source_without_rows_in_a_later_stage_is_not_raised() -> None:
         GuardState(), ["english"], mixture, 0, batches_left=20, batch_size=12, stretches=[later]
     )
     assert limits.shares["english"] == (0.0, 0.0)
+
+
+CAREFUL = replace(
+    mix_of(max_epochs=None),
+    schedule=(
+        SchedulePhase(name="main", until_step=10),
+        SchedulePhase(
+            name="careful",
+            share="rest",
+            weights={"en": 0.1, "ja": 0.9},
+            max_epochs={"en": 0.5},
+        ),
+    ),
+)
+"""Its second phase lies in both stages: 120 rows of the first one and 60 of the second."""
+
+
+@pytest.mark.parametrize("step", [5, 15])
+def test_phase_that_limits_epochs_is_looked_at_in_each_stage_that_it_lies_in(step: int) -> None:
+    job = staged_job(CAREFUL, step)
+    here, later = capped_phases(job)
+    left = 20 - max(step, 10)
+    assert (here.rows, later.rows) == (12 * left, 60)
+    assert (here.source_rows["en"], later.source_rows["en"]) == ENGLISH_ROWS
+    assert here.max_epochs == later.max_epochs == {"en": 0.5}
+    assert later.mean_shares == pytest.approx({"en": 0.1, "ja": 0.9})
+    assert later.drawn == {}
+    if step == 5:
+        assert here.drawn == {}, "the phase has not begun"
+    else:
+        assert here.drawn["en"] == pytest.approx(0.1 * 60, abs=1)
+
+
+def test_raise_leaves_a_phase_the_epochs_that_it_allows_in_a_later_stage() -> None:
+    job = staged_job(CAREFUL, 15)
+    largest = lever_limits(job).shares["english"][1]
+    assert largest == pytest.approx(EPOCH_MARGIN * 0.5 * 24 / 60)
+    second: Any = StagedData(1)
+    job.reweigh(GuardState(shares={"english": largest}))
+    Mixture(second, job.ledger, 3, first_step=20).global_batch(TOTAL_STEPS - 1, 6)
+    job.reweigh(GuardState(shares={"english": 0.25}))
+    beyond = Mixture(second, job.ledger, 3, first_step=20)
+    with pytest.raises(DataError, match="max_epochs"):
+        beyond.global_batch(TOTAL_STEPS - 1, 6)
