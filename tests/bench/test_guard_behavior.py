@@ -101,3 +101,13 @@ def test_every_mix_of_the_proof_is_valid(tmp_path: Path) -> None:
     assert mix.serving_sources()["guide"] == (mixes.ENGLISH,)
     weights = [source.weight for source in mix.sources if source.weight]
     assert weights == pytest.approx([0.85, 0.1, 0.05])
+
+
+def test_reports_of_several_machines_are_put_together() -> None:
+    def run(order: int, arm: str, machine: int) -> dict[str, Any]:
+        return {"base": 1, "order": order, "arm": arm, "machine": machine}
+
+    own = [run(2, "yoked", 1), run(2, "new guard", 1)]
+    earlier = [run(2, "yoked", 2), run(1, "Japanese only", 2)]
+    both = behavior_outcome.together(own, earlier)
+    assert both == [run(1, "Japanese only", 2), run(2, "new guard", 1), run(2, "yoked", 1)]

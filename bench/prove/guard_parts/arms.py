@@ -16,6 +16,8 @@ from guard_parts.mixes import ENGLISH, JAPANESE, JAPANESE_LIMITS, OWN, write_mix
 from guard_parts.scale import Scale
 
 PEAK_LR = 5e-4
+ANSWERS = "answers.json"
+"""The answers of the model that a run ended with, in its run directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,8 +92,14 @@ def run_arm(work_dir: Path, scale: Scale, base: Path, number: int, order: int, n
     run = run_yaml(scale, base, mix, folder / "build", scale.steps, schedule)
     run["guard"] = _guard(scale, arm)
     launching.train(run_dir, run)
-    ask(work_dir, scale, launching.exported(run_dir), run_dir / "answers.json")
+    ask(work_dir, scale, launching.exported(run_dir), run_dir / ANSWERS)
     return run_dir
+
+
+def finished_run(work_dir: Path, number: int, order: int, name: str) -> Path | None:
+    """Return the run directory of an arm whose model has answered; None if it has not."""
+    run_dir = _run_dir(work_dir, number, order, name)
+    return run_dir if (run_dir / ANSWERS).exists() else None
 
 
 def mean_shares(run_dir: Path) -> dict[str, float]:

@@ -14,7 +14,7 @@ from cpt.guard.student import student_quantile
 from cpt.offline.evaluation.significance import compare_answers
 from cpt.telemetry.metrics import read_events
 from data_pipeline.charts import ALARM, PALETTE, as_svg, draw_level, new_figure
-from guard_parts.arms import STEERED, YOKED, mean_shares
+from guard_parts.arms import ANSWERS, ARMS, STEERED, YOKED, mean_shares
 from guard_parts.mixes import ENGLISH, ENGLISH_DOMAINS, JAPANESE, OWN
 from guard_parts.tasks import FAMILIES
 
@@ -50,10 +50,21 @@ def outcome(run_dir: Path, base_answers: Path) -> dict[str, Any]:
         "own_share": shares[OWN],
         "accuracy": accuracy_changes(
             json.loads(base_answers.read_text()),
-            json.loads((run_dir / "answers.json").read_text()),
+            json.loads((run_dir / ANSWERS).read_text()),
         ),
         "actions": actions,
     }
+
+
+def together(own: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs of two reports; of a run that both have, that of the first one."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in [*own, *earlier]:
+        found.setdefault((run["base"], run["order"], run["arm"]), run)
+    arms = list(ARMS)
+    return sorted(
+        found.values(), key=lambda run: (run["base"], run["order"], arms.index(run["arm"]))
+    )
 
 
 def accuracy_changes(
