@@ -148,9 +148,9 @@ def theirs_read(work: Path) -> int:
 
 
 def ours_chat(work: Path) -> int:
-    from data_pipeline.build.sources import read_documents
-    from data_pipeline.build.units import split_into_units
     from data_pipeline.config.source_config import SourceConfig
+    from data_pipeline.reading.sources import read_documents
+    from data_pipeline.reading.units import split_into_units
     from data_pipeline.text.cleaning import Tally
 
     source = SourceConfig(

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data_pipeline.build.build import build  # noqa: E402
-from data_pipeline.build.decontamination import HeldOutRuns, find_hits  # noqa: E402
-from data_pipeline.build.dropped import CONTAMINATED, STRETCHES  # noqa: E402
 from data_pipeline.config.mix_file import load_mix  # noqa: E402
+from data_pipeline.fates.decontamination import HeldOutRuns, find_hits  # noqa: E402
+from data_pipeline.fates.dropped import CONTAMINATED, STRETCHES  # noqa: E402
 from data_pipeline.store.manifest import SourceEntry  # noqa: E402
 from data_pipeline.tables import table  # noqa: E402
 

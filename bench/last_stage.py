@@ -41,7 +41,7 @@ STEPS = ("exact", "exact in memory", "near", "near in memory", "pack")
 
 def write_parts(work_dir: Path, documents: int, near_share: float) -> None:
     """Write hashes and signatures, part by part."""
-    from data_pipeline.build.deduplication import HASH_DTYPE
+    from data_pipeline.reading.content_hashes import HASH_DTYPE
 
     rng = np.random.default_rng(documents)
     folder = work_dir / "parts" / "s"
@@ -66,10 +66,10 @@ def write_parts(work_dir: Path, documents: int, near_share: float) -> None:
 
 def run_step(work_dir: Path, documents: int, step: str) -> str:
     """Run one step, and return a hash of what it gives."""
-    from data_pipeline.build.exact_copies import decide_exact
-    from data_pipeline.build.near_copies import mark_near_copies
     from data_pipeline.build.packed_split import pack_split
     from data_pipeline.engine.local import LocalExecutor
+    from data_pipeline.fates.exact_copies import decide_exact
+    from data_pipeline.fates.near_copies import mark_near_copies
     from data_pipeline.store.packing import Segments
     from tests.support.array_parts import source_of_arrays
     from tests.support.fates_in_memory import decide_fates, mark_near_duplicates

@@ -14,18 +14,6 @@ from data_pipeline.audit.audit import DEFAULT_LIMIT, audit
 from data_pipeline.audit.page import audit_page
 from data_pipeline.audit.phases import audited_phases
 from data_pipeline.build.build import build, build_share
-from data_pipeline.build.cache_folder import (
-    CACHE_NAME,
-    CACHE_VARIABLE,
-    default_cache,
-    describe_cache,
-    list_entries,
-    notes_for_reading,
-    notes_in,
-    open_cache,
-    prune,
-)
-from data_pipeline.build.dropped import describe_dropped, describe_stock_text, dropped_rows
 from data_pipeline.build.found_builds import (
     DEFAULT_ROOT,
     NotBuilt,
@@ -34,7 +22,6 @@ from data_pipeline.build.found_builds import (
     load_built_mix,
     resolve_build_dir,
 )
-from data_pipeline.build.guard_sets import describe_guard_sets
 from data_pipeline.build.summary import describe_build
 from data_pipeline.commands import (
     CommandParser,
@@ -50,12 +37,25 @@ from data_pipeline.dataset import BuiltData
 from data_pipeline.engine.choice import ENGINES, LOCAL, check_engine
 from data_pipeline.engine.local import available_cores
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.fates.dropped import describe_dropped, describe_stock_text, dropped_rows
+from data_pipeline.fates.guard_sets import describe_guard_sets
 from data_pipeline.mixture.epochs import describe_weights, has_epochs, with_weights
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
 from data_pipeline.mixture.plan_comparison import compare_plans
 from data_pipeline.mixture.plan_figure import draw_plan
 from data_pipeline.mixture.settings import describe_changes, describe_rates, mix_settings
 from data_pipeline.mixture.staged_plan import plan_mix, steps_of_one_pass
+from data_pipeline.parts.cache_folder import (
+    CACHE_NAME,
+    CACHE_VARIABLE,
+    default_cache,
+    describe_cache,
+    list_entries,
+    notes_for_reading,
+    notes_in,
+    open_cache,
+    prune,
+)
 from data_pipeline.store.files import write_text
 from data_pipeline.store.manifest import BuildManifest, SourceEntry, read_manifest
 

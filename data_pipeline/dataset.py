@@ -22,9 +22,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from data_pipeline.build.guard_sets import check_guard_sets
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.errors import DataError
+from data_pipeline.fates.guard_sets import check_guard_sets
 from data_pipeline.store.manifest import (
     BuildManifest,
     SourceEntry,

@@ -195,8 +195,8 @@ def read_io() -> dict[str, int]:
 
 def draw(num_documents: int, folder: Path) -> None:
     """Write the parts of a source: hashes, signatures, sparse shards, accounts."""
-    from data_pipeline.build.deduplication import HASH_DTYPE
-    from data_pipeline.build.part import Account
+    from data_pipeline.parts.part import Account
+    from data_pipeline.reading.content_hashes import HASH_DTYPE
     from data_pipeline.store.files import write_json
     from data_pipeline.text.cleaning import Tally
 
@@ -242,9 +242,9 @@ def draw(num_documents: int, folder: Path) -> None:
 
 def parts_of(num_documents: int, folder: Path) -> list[Any]:
     """Return the parts of the one source."""
-    from data_pipeline.build.part import Part
-    from data_pipeline.build.units import Unit
     from data_pipeline.config.source_config import SourceConfig
+    from data_pipeline.parts.part import Part
+    from data_pipeline.reading.units import Unit
 
     source = SourceConfig(name=SOURCE, language="en", domain="web", path="none", weight=1.0)
     parts = []
@@ -286,11 +286,11 @@ def write_sparse_shard(path: Path, lengths: Integers) -> None:
 
 def prepare_new(stage: str, folder: Path) -> Callable[[], dict[str, Any] | None]:
     """Return the work of a stage, imports and small files done."""
-    from data_pipeline.build.exact_copies import decide_exact
-    from data_pipeline.build.near_copies import mark_near_copies
     from data_pipeline.build.packed_split import pack_split
-    from data_pipeline.build.source_parts import SourceParts
     from data_pipeline.engine.local import LocalExecutor
+    from data_pipeline.fates.exact_copies import decide_exact
+    from data_pipeline.fates.near_copies import mark_near_copies
+    from data_pipeline.parts.source_parts import SourceParts
     from data_pipeline.store.packing import Segments
 
     num_parts = len(list((folder / "parts" / SOURCE).glob("*.json")))
@@ -341,7 +341,7 @@ def prepare_decontamination(held_out_tokens: int, is_old: bool) -> Callable[[], 
             old.count_runs(tokens, offsets, train, old_runs)
             old.contaminated(tokens, offsets, old_runs)
     else:
-        from data_pipeline.build.decontamination import HeldOutRuns, find_hits
+        from data_pipeline.fates.decontamination import HeldOutRuns, find_hits
 
         runs = HeldOutRuns.from_documents(texts, RUN_TOKENS)
 

@@ -32,13 +32,13 @@ from data_pipeline.audit.shown_conversation import (
     show_conversation,
     tells_more,
 )
-from data_pipeline.build.document import Document
-from data_pipeline.build.sources import read_documents, why_too_long
-from data_pipeline.build.units import split_into_units
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.console.progress import show_progress
 from data_pipeline.engine.local import LocalExecutor
+from data_pipeline.reading.document import Document
+from data_pipeline.reading.sources import read_documents, why_too_long
+from data_pipeline.reading.units import split_into_units
 from data_pipeline.tables import table
 from data_pipeline.text.cleaning import Tally, compose_compatible
 from data_pipeline.text.language import UNTESTABLE, language_of

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from data_pipeline.audit.audit import LENGTH_EDGES, Audit, SourceAudit
 from data_pipeline.audit.phases import AuditedPhases
 from data_pipeline.audit.shown_conversation import ShownConversation
-from data_pipeline.build.dropped import DROPPED_COLUMNS
 from data_pipeline.charts import Bar, as_svg, draw_bars, draw_columns, inline, new_figure
 from data_pipeline.escaping import escaped_text
+from data_pipeline.fates.dropped import DROPPED_COLUMNS
 from data_pipeline.mixture.plan_figure import draw_phases
 
 if TYPE_CHECKING:

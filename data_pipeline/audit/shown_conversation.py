@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.build.document import Document
+from data_pipeline.reading.document import Document
 from data_pipeline.text.harmony import Learned
 from data_pipeline.text.tokenizer import Tokens, decode_bytes
 

@@ -16,23 +16,23 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.build.clusters import first_of_cluster
-from data_pipeline.build.copied_sources import CopiedSource, find_copied_sources
-from data_pipeline.build.decided_source import DecidedSource
-from data_pipeline.build.deduplication import Fate
-from data_pipeline.build.document_fates import decide_all_fates
-from data_pipeline.build.dropped import count_dropped, count_exempted, count_read
-from data_pipeline.build.guard_sets import check_dropped, check_guard_sets
 from data_pipeline.build.origin import Origin
 from data_pipeline.build.packed_split import pack_split
-from data_pipeline.build.part import Part
 from data_pipeline.build.provenance import write_provenance
 from data_pipeline.build.self_replay import base_model_of
-from data_pipeline.build.source_parts import SourceParts
-from data_pipeline.build.stage_choice import split_by_stage
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.engine.executor import Executor
 from data_pipeline.errors import DataError
+from data_pipeline.fates.copied_sources import CopiedSource, find_copied_sources
+from data_pipeline.fates.decided_source import DecidedSource
+from data_pipeline.fates.deduplication import Fate
+from data_pipeline.fates.document_fates import decide_all_fates
+from data_pipeline.fates.dropped import count_dropped, count_exempted, count_read
+from data_pipeline.fates.guard_sets import check_dropped, check_guard_sets
+from data_pipeline.fates.stage_choice import split_by_stage
+from data_pipeline.parts.part import Part
+from data_pipeline.parts.source_parts import SourceParts
+from data_pipeline.reading.clusters import first_of_cluster
 from data_pipeline.store.files import sha256_of, sync_directory
 from data_pipeline.store.manifest import (
     FILE_NAME,

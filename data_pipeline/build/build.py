@@ -29,19 +29,19 @@ from pathlib import Path
 
 from data_pipeline.bounded.json_text import read_json
 from data_pipeline.build.assembly import assemble_build
-from data_pipeline.build.cache_folder import notes_in
 from data_pipeline.build.found_builds import other_build_error
 from data_pipeline.build.origin import (
     Origin,
     compare,
     read_origin,
 )
-from data_pipeline.build.part import VERSION, Part
-from data_pipeline.build.part_making import make_parts, source_parts
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.engine.choice import LOCAL, check_engine, open_executor
 from data_pipeline.engine.local import LocalExecutor, available_cores
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.parts.cache_folder import notes_in
+from data_pipeline.parts.part import VERSION, Part
+from data_pipeline.parts.part_making import make_parts, source_parts
 from data_pipeline.store.file_lock import LockHeld, file_lock
 from data_pipeline.store.files import PARTIAL_SUFFIX, make_folder, sync_directory, write_json
 from data_pipeline.store.manifest import (

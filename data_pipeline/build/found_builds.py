@@ -13,13 +13,13 @@ import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
-from data_pipeline.build.input_files import HashNotes
 from data_pipeline.build.origin import absent_sources, compare, fingerprint
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.engine.local import LocalExecutor, available_cores
 from data_pipeline.errors import ConfigError, CptError, DataError, StorageError
+from data_pipeline.reading.document import BYTES_PER_INVENTED_TOKEN
+from data_pipeline.reading.input_files import HashNotes
 from data_pipeline.store.manifest import FILE_NAME, BuildManifest, read_manifest
 
 DEFAULT_ROOT = Path("data")

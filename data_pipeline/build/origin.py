@@ -19,9 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.build import units
-from data_pipeline.build.hooks import hook_rules
-from data_pipeline.build.input_files import HashNotes, Inputs, look_at_inputs, read_inputs
 from data_pipeline.config.decontamination_config import MIN_WHOLE_TOKENS
 from data_pipeline.config.document_hook import has_hook_file
 from data_pipeline.config.mix_config import MixConfig
@@ -29,6 +26,9 @@ from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
 from data_pipeline.engine.executor import Executor
 from data_pipeline.errors import StorageError
 from data_pipeline.objects.object_paths import is_address
+from data_pipeline.reading import units
+from data_pipeline.reading.hooks import hook_rules
+from data_pipeline.reading.input_files import HashNotes, Inputs, look_at_inputs, read_inputs
 from data_pipeline.store.manifest import BuildManifest, InputFiles
 from data_pipeline.text.cleaning import STEP_VERSIONS
 from data_pipeline.text.conversation_reader import LOSS_RULES_VERSION

@@ -20,8 +20,8 @@ from typing import IO
 import numpy as np
 import xxhash
 
-from data_pipeline.build.steps import Step
 from data_pipeline.engine.executor import Executor
+from data_pipeline.fates.steps import Step
 from data_pipeline.store.files import atomic_write, make_folder
 from data_pipeline.store.packing import (
     ARRAY_NAMES,

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.build.part import read_places, read_records
-from data_pipeline.build.part_cache import link_or_copy
-from data_pipeline.build.source_parts import SourceParts
 from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
+from data_pipeline.parts.part import read_places, read_records
+from data_pipeline.parts.part_cache import link_or_copy
+from data_pipeline.parts.source_parts import SourceParts
 from data_pipeline.store.files import make_folder
 from data_pipeline.store.provenance import (
     FOLDER,

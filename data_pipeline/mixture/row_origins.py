@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.build.origin import is_absent
-from data_pipeline.build.parquet_files import open_parquet
 from data_pipeline.build.provenance import input_paths
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData
 from data_pipeline.errors import DataError
 from data_pipeline.escaping import escaped_line
+from data_pipeline.reading.parquet_files import open_parquet
 from data_pipeline.store.provenance import DocumentOrigin, Provenance
 
 

@@ -9,7 +9,7 @@ Decisions
     A stage is a mixture of its own over its own rows, with the segments of the ledger that hold in
     it. So at every prefix of a stage every source is within one of its rows of its share, and a
     batch is a pure function of (ledger, stage plan, seed, number of the batch).
-    A document is in one stage only (`data_pipeline.build.stage_choice`), so no stage repeats what
+    A document is in one stage only (`data_pipeline.fates.stage_choice`), so no stage repeats what
     another one has taught.
 """
 

@@ -16,8 +16,8 @@ from cpt.errors import CheckpointError, ConfigError, DataError
 from cpt.model.configuration_check import config_problems
 from cpt.model.weights.directory import check_directory
 from cpt.model.weights.hf_layout import tensor_files
-from data_pipeline.build.table_columns import check_columns
 from data_pipeline.commands import end_with_reason
+from data_pipeline.reading.table_columns import check_columns
 from data_pipeline.store import manifest as build_manifest
 from data_pipeline.store.verification import check_files
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.build import units
-from data_pipeline.build.document import Document
 from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.reading import units
+from data_pipeline.reading.document import Document
 from data_pipeline.store.shards import LossMask
 from data_pipeline.text.cleaning import Place
 from data_pipeline.text.harmony import Conversation

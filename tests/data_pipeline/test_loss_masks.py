@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 import data_pipeline
 from data_pipeline.build.build import build
-from data_pipeline.build.document import Document
 from data_pipeline.build.summary import describe_build
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow, read_row
@@ -24,6 +23,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.mixture.ledger import Ledger, Segment
 from data_pipeline.mixture.mixture import Mixture
 from data_pipeline.mixture.row_origins import row_origins
+from data_pipeline.reading.document import Document
 from data_pipeline.store.files import sha256_of
 from data_pipeline.store.manifest import FileEntry
 from data_pipeline.store.packing import Integers, RowPieces, Segments, pack

@@ -419,7 +419,7 @@ def test_default_build_of_much_input_is_found_without_reading_it(
     assert "is not built" in capsys.readouterr().err
     (own_copy / "data").mkdir()
     (own_copy / "built").rename(own_copy / "data" / "mix-0123456789")
-    monkeypatch.setattr("data_pipeline.build.input_files.file_hash", None)
+    monkeypatch.setattr("data_pipeline.reading.input_files.file_hash", None)
     assert dry_run(*large) == 0
     (own_copy / "text.jsonl").unlink()
     assert dry_run(*default) == 0

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.build.deduplication import Hashes
-from data_pipeline.build.near_duplicates import Signatures
-from data_pipeline.build.part import Account, Part
-from data_pipeline.build.source_parts import SourceParts
-from data_pipeline.build.units import Unit
 from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.parts.near_duplicates import Signatures
+from data_pipeline.parts.part import Account, Part
+from data_pipeline.parts.source_parts import SourceParts
+from data_pipeline.reading.content_hashes import Hashes
+from data_pipeline.reading.units import Unit
 from data_pipeline.text.cleaning import Tally
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from data_pipeline.build.deduplication import Fate, Fates, Hashes, Mask, SourceFates
-from data_pipeline.build.near_duplicates import NUM_BANDS, NUM_HASHES, Signatures, band_keys
+from data_pipeline.fates.deduplication import Fate, Fates, Mask, SourceFates
+from data_pipeline.parts.near_duplicates import NUM_BANDS, NUM_HASHES, Signatures, band_keys
+from data_pipeline.reading.content_hashes import Hashes
 from data_pipeline.store.packing import Integers
 
 COMPARE_DOCUMENTS = 1 << 16

@@ -13,8 +13,8 @@ from data_pipeline.__main__ import main
 from data_pipeline.audit.audit import SourceAudit, audit
 from data_pipeline.audit.page import audit_page
 from data_pipeline.audit.shown_conversation import MAX_TOKENS
-from data_pipeline.build.sources import read_texts
 from data_pipeline.config.mix_file import load_mix
+from data_pipeline.reading.sources import read_texts
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.language import disagrees, language_of
 from tests.data_pipeline.inputs import MakeMix
@@ -110,7 +110,7 @@ def test_clean_text_raises_no_alarm(make_mix: MakeMix) -> None:
 def test_a_large_source_is_sampled_over_all_its_units(
     make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.build.units.MIN_UNIT_BYTES", 20_000)
+    monkeypatch.setattr("data_pipeline.reading.units.MIN_UNIT_BYTES", 20_000)
     mix = make_mix({"ja": sample("ja_essay") + sample("en_web")})
     (found,) = audit(mix, limit=10).sources
     assert found.documents == 10 and set(found.languages) == {"ja", "en"}

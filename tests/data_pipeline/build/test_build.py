@@ -263,7 +263,7 @@ def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_man
     place = {
         "documents": "data_pipeline.store.shards.ShardWriter.add",
         "rows": "data_pipeline.build.packed_split.pack_block",
-        "copies": "data_pipeline.build.exact_copies._compare_slot",
+        "copies": "data_pipeline.fates.exact_copies._compare_slot",
         "manifest": "data_pipeline.store.manifest.BuildManifest.write",
         "rename": "pathlib.Path.rename",
     }[point]

@@ -16,14 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.build import units
 from data_pipeline.build.build import build, build_share
-from data_pipeline.build.sources import read_texts
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import DataError
+from data_pipeline.reading import units
+from data_pipeline.reading.sources import read_texts
 from data_pipeline.text.cleaning import Tally
 from tests.data_pipeline.inputs import MakeMix, make_texts, mix_of_several_units, write_jsonl
 
@@ -40,7 +40,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line with small units, in a process of its own."""
     code = (
-        "import sys; from data_pipeline.build import units\n"
+        "import sys; from data_pipeline.reading import units\n"
         f"units.MIN_UNIT_BYTES = {unit_bytes}\n"
         "from data_pipeline.__main__ import main\n"
         "code = main(sys.argv[1:])\n"
@@ -97,7 +97,7 @@ def test_where_units_begin_changes_no_text_and_no_account(
         path = Path(folder) / "a.jsonl"
         path.write_bytes(content)
         source = SourceConfig(name="s", language="en", domain="web", path=str(path), weight=1.0)
-        patch.setattr("data_pipeline.build.sources.MAX_LINE_BYTES", line_limit)
+        patch.setattr("data_pipeline.reading.sources.MAX_LINE_BYTES", line_limit)
         results = []
         for size in (1 << 20, unit_bytes):
             patch.setattr(units, "MIN_UNIT_BYTES", size)
@@ -141,7 +141,7 @@ def test_shares_of_different_mixes_do_not_meet(
 def test_a_rerun_makes_only_what_is_missing(
     mix: MixConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_pipeline.build import part_cache as module
+    from data_pipeline.parts import part_cache as module
 
     build_share(mix, tmp_path / "out", 0, 2)
     made: list[int] = []
@@ -166,7 +166,7 @@ def test_killed_at_any_moment_a_rerun_gives_the_same_manifest(
     undisturbed = run(path, tmp_path / "undisturbed", "--workers", "1", unit_bytes=30_000)
     assert undisturbed.returncode == 0, undisturbed.stderr
     code = (
-        "import sys; from data_pipeline.build import units; units.MIN_UNIT_BYTES = 30_000\n"
+        "import sys; from data_pipeline.reading import units; units.MIN_UNIT_BYTES = 30_000\n"
         "from data_pipeline.__main__ import main; sys.exit(main(sys.argv[1:]))\n"
     )
     command = [

@@ -11,13 +11,14 @@ import pytest
 import yaml
 
 from data_pipeline.build import build as build_module
-from data_pipeline.build import part_cache, stored_rows
 from data_pipeline.build.build import build, build_share
-from data_pipeline.build.part import Account, Part
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import EXIT_INTERNAL, DataError, explain
+from data_pipeline.parts import part_cache
+from data_pipeline.parts.part import Account, Part
+from data_pipeline.reading import stored_rows
 from data_pipeline.store.files import PARTIAL_SUFFIX
 from data_pipeline.store.verification import NOTE_FILE
 from tests.data_pipeline.inputs import MakeMix, make_texts

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from data_pipeline.build import found_builds, input_files, origin
+from data_pipeline.build import found_builds, origin
 from data_pipeline.build.build import build
 from data_pipeline.build.found_builds import matching_builds
 from data_pipeline.build.origin import compare, fingerprint
@@ -19,6 +19,7 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.reading import input_files
 from data_pipeline.store.manifest import BuildManifest, read_manifest
 from tests.data_pipeline.inputs import MakeMix, make_texts, write_jsonl
 

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.build import units
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import DataError
 from data_pipeline.mixture.row_origins import PieceOrigin, document_origin, row_origins
+from data_pipeline.reading import units
 from data_pipeline.store.provenance import FOLDER, PLACES_FILE, Provenance
 from data_pipeline.text.tokenizer import decode_bytes
 from tests.data_pipeline.inputs import MakeMix, make_texts
@@ -179,7 +179,7 @@ def test_the_place_of_the_input_is_in_no_build(tmp_path: Path) -> None:
 
 
 def test_fields_are_kept_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.build.kept_fields.STRETCH_ROWS", 4)
+    monkeypatch.setattr("data_pipeline.reading.kept_fields.STRETCH_ROWS", 4)
     mix = mix_of(tmp_path / "in", sources_of, 0)
     build(mix, tmp_path / "out", workers=1)
     file = tmp_path / "out" / FOLDER / "en" / "kept-00000.parquet"

@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 
 from data_pipeline.__main__ import main
-from data_pipeline.build import input_files
 from data_pipeline.build.build import build
-from data_pipeline.build.cache_folder import open_cache
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.engine import ray_cluster
 from data_pipeline.engine.choice import open_executor
 from data_pipeline.engine.ray_cluster import RayExecutor
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.parts.cache_folder import open_cache
+from data_pipeline.reading import input_files
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
 from tests.data_pipeline.engine import tasks
 from tests.data_pipeline.inputs import MakeMix, make_texts, mix_of_several_units
@@ -129,7 +129,7 @@ def test_a_build_whose_workers_are_killed_ends_with_the_same_manifest(
 ) -> None:
     make_mix({"ja": make_texts(3000, "ja"), "en": make_texts(3000, "en")}, held_out_share=0.01)
     code = (
-        "import sys; from data_pipeline.build import units; units.MIN_UNIT_BYTES = 10_000\n"
+        "import sys; from data_pipeline.reading import units; units.MIN_UNIT_BYTES = 10_000\n"
         "from data_pipeline.__main__ import main; sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", code, "build", str(tmp_path / "in" / "mix.yaml"), "--out"]

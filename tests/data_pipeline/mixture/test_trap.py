@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from data_pipeline.build.build import build
-from data_pipeline.build.sources import read_texts
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.reading.sources import read_texts
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.tokenizer import encode
 from tests.data_pipeline.inputs import MakeMix

@@ -9,9 +9,9 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from data_pipeline.build.stored_rows import count_rows
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
+from data_pipeline.reading.stored_rows import count_rows
 from data_pipeline.store.arrow_streams import check_saved_dataset
 
 

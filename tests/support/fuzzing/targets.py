@@ -31,10 +31,10 @@ from cpt.offline.evaluation.local import local_contents
 from cpt.offline.evaluation.tasks import load_tasks
 from cpt.resilience.lock import LOCK, describe, look_at_lock
 from data_pipeline.build.build import build
-from data_pipeline.build.sources import read_texts
 from data_pipeline.config.generation_config import read_prompts
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.reading.sources import read_texts
 from data_pipeline.store.manifest import read_manifest as read_build_manifest
 from data_pipeline.store.verification import check_files
 from data_pipeline.text.cleaning import Tally
