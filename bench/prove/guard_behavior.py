@@ -53,8 +53,8 @@ shrink()
 
 import torch  # noqa: E402
 from guard_parts import behavior_outcome  # noqa: E402
-from guard_parts.arms import ANSWERS, ARMS, finished_run, make_own_traces, run_arm  # noqa: E402
-from guard_parts.base import build_base, make_base  # noqa: E402
+from guard_parts.arms import ARMS, finished_run, make_own_traces, run_arm  # noqa: E402
+from guard_parts.base import ANSWERS, build_base, make_base  # noqa: E402
 from guard_parts.packages import write_texts  # noqa: E402
 from guard_parts.task_files import write_tasks  # noqa: E402
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data_pipeline.store.hashing import splitmix64
+from data_pipeline.store.hashing import splitmix64_numbers
 
 TABLE_BITS = 20
 """Bits of a random number."""
@@ -100,10 +100,9 @@ def noise_table(bits: int, device: torch.device) -> torch.Tensor:
 
     The second half repeats the first, so that a window that begins anywhere is one slice.
     """
-    # splitmix64 adds the increment once itself: the number 0 is scattered from a state of 0
-    places = np.arange(WINDOW, dtype=np.uint64) * np.uint64(_GOLDEN)
-    state = splitmix64(places - np.uint64(_GOLDEN))
-    order = np.argsort(state).astype(np.int32) >> (TABLE_BITS - bits)
+    # the state before the first number, which is 0, scatters to 0
+    scattered = np.append(np.uint64(0), splitmix64_numbers(WINDOW - 1))
+    order = np.argsort(scattered).astype(np.int32) >> (TABLE_BITS - bits)
     return torch.from_numpy(np.concatenate([order, order])).to(device)
 
 

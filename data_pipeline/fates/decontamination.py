@@ -29,12 +29,12 @@ import numpy.typing as npt
 
 from data_pipeline.config.decontamination_config import DecontaminationConfig
 from data_pipeline.parts.near_duplicates import (
-    Hashes64,
     power_of_base,
     scattered,
     window_hashes,
 )
 from data_pipeline.store.files import atomic_write
+from data_pipeline.store.hashing import Hashes64
 from data_pipeline.store.packing import Integers
 from data_pipeline.text.tokenizer import Tokens
 

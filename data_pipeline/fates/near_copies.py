@@ -48,7 +48,6 @@ from data_pipeline.fates.steps import Step
 from data_pipeline.parts.near_duplicates import (
     NUM_BANDS,
     NUM_HASHES,
-    Hashes64,
     Signatures,
     band_keys,
 )
@@ -62,6 +61,7 @@ from data_pipeline.parts.part_groups import (
 )
 from data_pipeline.parts.source_parts import SourceParts
 from data_pipeline.store.files import atomic_write, write_json
+from data_pipeline.store.hashing import Hashes64
 from data_pipeline.store.packing import Integers
 
 _KEY_DTYPES = ("<u8", "<u4")

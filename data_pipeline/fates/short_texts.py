@@ -37,12 +37,12 @@ from data_pipeline.fates.decontamination import (
     sampled_hits,
 )
 from data_pipeline.parts.near_duplicates import (
-    Hashes64,
     power_of_base,
     scattered,
     window_hashes,
 )
 from data_pipeline.store.files import atomic_write, make_folder
+from data_pipeline.store.hashing import Hashes64
 from data_pipeline.store.packing import Integers
 from data_pipeline.text.tokenizer import Tokens
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import rensa
 
+from data_pipeline.store.hashing import Hashes64
 from data_pipeline.text.tokenizer import Tokens
 
 NUM_HASHES = 128
@@ -31,7 +32,6 @@ _SIGNED_TOKENS = 1 << 20
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _OFFSET = np.uint64(0xD1B54A32D192ED03)
 _BASE = 0xBF58476D1CE4E5B9
-Hashes64 = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint32]
 """MinHash signatures, [documents, NUM_HASHES]."""
 

@@ -39,7 +39,6 @@ from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.parts.near_duplicates import NUM_HASHES, Signatures, minhash_signatures
-from data_pipeline.reading.clusters import Hashes64
 from data_pipeline.reading.content_hashes import HASH_DTYPE, Hashes
 from data_pipeline.reading.document import Document
 from data_pipeline.reading.input_files import InputFile, check_unchanged
@@ -48,6 +47,7 @@ from data_pipeline.reading.sources import TOO_LONG, read_documents, why_too_long
 from data_pipeline.reading.stored_rows import holds_turns
 from data_pipeline.reading.units import Unit
 from data_pipeline.store.files import atomic_write, make_folder, sha256_of, write_json
+from data_pipeline.store.hashing import Hashes64
 from data_pipeline.store.packing import ARRAY_ERRORS, why_no_array
 from data_pipeline.store.provenance import Places
 from data_pipeline.store.shards import SUFFIX, LossMask, write_shard

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.parts.near_duplicates import Hashes64, Signatures
+from data_pipeline.parts.near_duplicates import Signatures
 from data_pipeline.parts.part import read_side_file
 from data_pipeline.parts.salted_digests import salted_digests
 from data_pipeline.parts.source_parts import SourceParts
 from data_pipeline.reading.content_hashes import Hashes
+from data_pipeline.store.hashing import Hashes64
 
 MAX_DOCUMENTS = 2**32
 """Documents of a mix: their numbers are stored in 32 bits."""

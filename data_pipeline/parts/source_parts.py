@@ -16,9 +16,9 @@ from data_pipeline.parts.part import (
     read_clusters,
     read_hashes,
 )
-from data_pipeline.reading.clusters import Hashes64
 from data_pipeline.reading.content_hashes import HASH_DTYPE, Hashes
 from data_pipeline.reading.sources import TOO_LONG
+from data_pipeline.store.hashing import Hashes64
 from data_pipeline.store.packing import Integers
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.cleaning import Tally

@@ -15,15 +15,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
+from data_pipeline.store.hashing import Hashes64
 from data_pipeline.store.packing import Integers
 from data_pipeline.text.record_keys import find_field
 
 NO_CLUSTER = 0
 """Cluster of a document that belongs to no other."""
-Hashes64 = npt.NDArray[np.uint64]
 
 
 def cluster_of(cluster_by: str | None, path: str, record: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+Hashes64 = npt.NDArray[np.uint64]
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _FIRST_FACTOR = 0xBF58476D1CE4E5B9
 _SECOND_FACTOR = 0x94D049BB133111EB
@@ -16,7 +17,7 @@ _FIRST_FACTOR_INVERSE = np.uint64(pow(_FIRST_FACTOR, -1, 2**64))
 _SECOND_FACTOR_INVERSE = np.uint64(pow(_SECOND_FACTOR, -1, 2**64))
 
 
-def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def splitmix64(values: Hashes64) -> Hashes64:
     """Scatter 64-bit integers with the finalizer of SplitMix64 (Steele et al. 2014), a
     bijection.
     """
@@ -26,12 +27,12 @@ def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def splitmix64_numbers(count: int) -> npt.NDArray[np.uint64]:
+def splitmix64_numbers(count: int) -> Hashes64:
     """Return the first numbers of a SplitMix64 generator that starts at 0."""
     return splitmix64(np.arange(count, dtype=np.uint64) * _INCREMENT)
 
 
-def splitmix64_inverse(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def splitmix64_inverse(values: Hashes64) -> Hashes64:
     """Return the integers that `splitmix64` scatters to these."""
     values = values ^ (values >> np.uint64(31)) ^ (values >> np.uint64(62))
     values *= _SECOND_FACTOR_INVERSE

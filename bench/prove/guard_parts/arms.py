@@ -11,13 +11,11 @@ from cpt.telemetry.metrics import read_events
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_file import load_mix
 from guard_parts import launching
-from guard_parts.base import ask, run_yaml
+from guard_parts.base import ANSWERS, ask, run_yaml
 from guard_parts.mixes import ENGLISH, JAPANESE, JAPANESE_LIMITS, OWN, write_mix
 from guard_parts.scale import Scale
 
 PEAK_LR = 5e-4
-ANSWERS = "answers.json"
-"""The answers of the model that a run ended with, in its run directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +69,8 @@ def make_own_traces(work_dir: Path, scale: Scale, base: Path, number: int) -> Pa
     return own
 
 
-def run_arm(work_dir: Path, scale: Scale, base: Path, number: int, order: int, name: str) -> Path:
-    """Run one arm and let its model answer the items; return the run directory."""
+def run_arm(work_dir: Path, scale: Scale, base: Path, number: int, order: int, name: str) -> None:
+    """Run one arm, and let its model answer the items."""
     arm = ARMS[name]
     folder = work_dir / f"base-{number}"
     run_dir = _run_dir(work_dir, number, order, name)
@@ -93,7 +91,6 @@ def run_arm(work_dir: Path, scale: Scale, base: Path, number: int, order: int, n
     run["guard"] = _guard(scale, arm)
     launching.train(run_dir, run)
     ask(work_dir, scale, launching.exported(run_dir), run_dir / ANSWERS)
-    return run_dir
 
 
 def finished_run(work_dir: Path, number: int, order: int, name: str) -> Path | None:

@@ -27,6 +27,8 @@ from guard_parts.scale import Scale
 from guard_parts.small_vocabulary import END_OF_TEXT, NUM_MERGES, VOCAB_SIZE
 from guard_parts.tasks import FAMILIES
 
+ANSWERS = "answers.json"
+"""The answers of a model, in the folder of the base or run that ended with it."""
 TASKS_SHARE = 0.3
 WORSE_PERCENT = 5.0
 """Rise of raw English bits per byte that a round must reach."""
@@ -131,7 +133,7 @@ def _post_train(work_dir: Path, scale: Scale, number: int, weights: Path) -> tup
         weights = launching.exported(run_dir)
         answers = ask(work_dir, scale, weights, folder / f"answers-{turn}.json")
         problems = _missing(number, worse, answers)
-        with atomic_write(folder / "answers.json") as file:  # those of the base, if it is one
+        with atomic_write(folder / ANSWERS) as file:  # those of the base, if it is one
             file.write(json.dumps(answers).encode("ascii"))
         if not problems:
             break

@@ -14,7 +14,8 @@ from cpt.guard.student import student_quantile
 from cpt.offline.evaluation.significance import compare_answers
 from cpt.telemetry.metrics import read_events
 from data_pipeline.charts import ALARM, PALETTE, as_svg, draw_level, new_figure
-from guard_parts.arms import ANSWERS, ARMS, STEERED, YOKED, mean_shares
+from guard_parts.arms import ARMS, STEERED, YOKED, mean_shares
+from guard_parts.base import ANSWERS
 from guard_parts.mixes import ENGLISH, ENGLISH_DOMAINS, JAPANESE, OWN
 from guard_parts.tasks import FAMILIES
 
