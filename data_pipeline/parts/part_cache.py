@@ -66,6 +66,7 @@ _DECIDED_LATER = frozenset(
         "kind",
         "hook",  # its place; what it does is in the identity
         "weight",
+        "epochs",
         "loss_weight",
         "held_out_share",
         "max_epochs",

@@ -80,10 +80,11 @@ def shard_of(directory: Path, source: str) -> Path:
         lambda mix: dataclasses.replace(mix, packing="concatenate"),
         lambda mix: dataclasses.replace(mix, decontaminate_tokens=50),
         lambda mix: with_source(mix, held_out_share=0.3),
+        lambda mix: dataclasses.replace(with_source(mix, weight=0.0, epochs=2.0), seq_len=64),
         lambda mix: with_source(mix, name="renamed", language="zh", domain="other"),
         lambda mix: dataclasses.replace(mix, name="other", sources=mix.sources[::-1]),
     ],
-    ids=["seq_len", "packing", "decontamination", "held_out_share", "labels", "order"],
+    ids=["seq_len", "packing", "decontamination", "held_out_share", "epochs", "labels", "order"],
 )
 def test_what_is_decided_after_the_parts_takes_all_of_them(
     mix: MixConfig,
