@@ -170,7 +170,7 @@ def _pack_source(
     else:
         train = packer.pack(folder / TRAIN_FOLDER, trained, mix.seq_len)
     held_out = packer.pack(folder / "held_out", measured, mix.seq_len)
-    if source.cluster_by is not None:
+    if decided.parts.has_clusters:
         clusters = first_of_cluster(decided.parts.clusters_of(fates.held_out))
         save_array(folder / "held_out" / CLUSTERS_FILE, clusters)
     _save_sizes(folder, decided, shards)

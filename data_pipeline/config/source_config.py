@@ -175,7 +175,8 @@ class SourceConfig:
     cluster_by: str | None = None
     """What documents that belong together have in common: `file`, `folder`, or the key or column
     that names it, for example url, of which the host counts. The guard measures one held-out
-    document of each cluster first; without it every document counts as independent."""
+    document of each cluster first; without it every document counts as independent, but for the
+    turns of one conversation (`turns: each`)."""
     dataset: str | None = None
     """Name on the Hugging Face Hub, for `format: huggingface` without `path`."""
     revision: str | None = None

@@ -15,6 +15,7 @@ from data_pipeline.parts.part import (
     read_account,
     read_clusters,
     read_hashes,
+    read_records,
 )
 from data_pipeline.reading.content_hashes import HASH_DTYPE, Hashes
 from data_pipeline.reading.sources import TOO_LONG
@@ -143,11 +144,22 @@ class SourceParts:
             chosen.append(read_hashes(part)[numbers])
         return np.concatenate(chosen)
 
+    @property
+    def has_clusters(self) -> bool:
+        """Whether documents may belong together: the source says which, or they are turns."""
+        return self.source.cluster_by is not None or any(part.by_record for part in self.parts)
+
     def clusters_of(self, documents: Integers) -> Hashes64:
-        """Return the clusters of documents, whose numbers rise, of a source that names them."""
+        """Return the clusters of documents, whose numbers rise, of a source that has some.
+
+        Turns of one record are a cluster, unless `cluster_by` makes larger ones of whole files.
+        """
         chosen = [np.zeros(0, np.uint64)]
         for part, numbers in self._by_part(documents):
-            chosen.append(read_clusters(part)[numbers])
+            if self.source.cluster_by is not None:
+                chosen.append(read_clusters(part)[numbers])
+            else:
+                chosen.append(read_records(part)[numbers]["low"])
         return np.concatenate(chosen)
 
     def _by_part(self, documents: Integers) -> Iterator[tuple[Part, Integers]]:

@@ -1,9 +1,11 @@
 """Which documents belong together, for the statistics of the guard.
 
     cluster_by of a source -> hash of the file, folder or key of a document (one part)
+    turns: each            -> hash of the record that a document is a turn of (one part)
                            -> number of the first held-out document of the same cluster (the build)
 
-Documents of one site or package change together when a model is trained, so they count as one.
+Documents of one site, package or conversation change together when a model is trained, so they
+count as one.
 The build keeps no name and no hash: equal documents give an equal build wherever they lie.
 """
 

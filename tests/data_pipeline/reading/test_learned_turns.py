@@ -48,6 +48,12 @@ def chat_mix(make_mix: MakeMix, tmp_path: Path, records: list[dict[str, Any]], *
     return make_mix({"chat": ["unused"]}, sources={"chat": chat}, **mix_keys)
 
 
+def chat_built(
+    make_mix: MakeMix, tmp_path: Path, records: list[dict[str, Any]], *, out: str, **keys: Any
+) -> None:
+    build(chat_mix(make_mix, tmp_path, records, **keys), tmp_path / out, progress=False)
+
+
 def built(mix: Any, tmp_path: Path) -> tuple[SourceEntry, Shards]:
     manifest = build(mix, tmp_path / "out", progress=False)
     names = [path.name for path in sorted((tmp_path / "out" / "chat").glob("*.tokens"))]
@@ -180,6 +186,52 @@ def long_records(num_records: int) -> list[dict[str, Any]]:
             messages.append({"role": "assistant", "content": words(60)})
         records.append({"messages": messages})
     return records
+
+
+def record_numbers(data: BuiltData, records: list[dict[str, Any]]) -> list[int]:
+    """Return, for each held-out document, the number of the record that it is a turn of."""
+    first_questions = [record["messages"][1]["content"] for record in records]
+    (domain,) = data.held_out
+    numbers = []
+    for document in range(domain.num_documents):
+        tokens, _ = domain.tokens_and_loss(document, 0, int(domain.document_tokens[document]))
+        text = decode(tokens)
+        (number,) = [n for n, question in enumerate(first_questions) if question in text]
+        numbers.append(number)
+    return numbers
+
+
+def test_turns_of_a_conversation_are_one_cluster_of_the_guard_in_a_build_of_the_build_too(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    records = long_records(24)
+    keys = {"seq_len": 4096, "turns": "each", "held_out_share": 0.3}
+    chat_built(make_mix, tmp_path, records, **keys, out="first")
+    again = {"path": str(tmp_path / "first"), "format": "build", "held_out_share": 0.6}
+    mix = make_mix({"chat": ["unused"]}, folder="again", sources={"chat": again}, seq_len=4096)
+    build(mix, tmp_path / "second", progress=False)
+    for name in ("first", "second"):
+        data = BuiltData.open(tmp_path / name)
+        clusters = data.held_out[0].document_clusters.tolist()
+        numbers = record_numbers(data, records)
+        assert len(numbers) == 3 * len(set(numbers)) >= 9
+        assert clusters == [numbers.index(number) for number in numbers]
+
+
+def test_files_that_the_source_calls_clusters_are_larger_ones_than_conversations(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    keys = {"seq_len": 4096, "turns": "each", "held_out_share": 0.3, "cluster_by": "file"}
+    chat_built(make_mix, tmp_path, long_records(24), **keys, out="out")
+    clusters = BuiltData.open(tmp_path / "out").held_out[0].document_clusters
+    assert len(clusters) > 3 and set(clusters.tolist()) == {0}
+
+
+def test_conversations_of_which_one_turn_is_learned_are_no_clusters(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    chat_built(make_mix, tmp_path, long_records(24), seq_len=4096, held_out_share=0.3, out="out")
+    assert not list((tmp_path / "out").rglob("clusters.npy"))
 
 
 def test_all_turns_of_a_conversation_are_held_out_or_none(
