@@ -27,8 +27,10 @@ from data_pipeline.engine.executor import Executor
 from data_pipeline.errors import StorageError
 from data_pipeline.objects.object_paths import is_address
 from data_pipeline.reading import units
+from data_pipeline.reading.document import COPIES_BY
 from data_pipeline.reading.hooks import hook_rules
 from data_pipeline.reading.input_files import HashNotes, Inputs, look_at_inputs, read_inputs
+from data_pipeline.reading.stored_rows import may_hold_conversations
 from data_pipeline.store.manifest import BuildManifest, InputFiles
 from data_pipeline.text.cleaning import STEP_VERSIONS
 from data_pipeline.text.conversation_reader import LOSS_RULES_VERSION
@@ -115,7 +117,7 @@ def read_origin(
         DataError: an input file cannot be read, or is written to.
     """
     inputs = read_inputs(mix.sources, executor, notes)
-    return Origin(rules=_with_unit_rules(mix, inputs), inputs=inputs)
+    return Origin(rules=_with_file_rules(mix, inputs), inputs=inputs)
 
 
 def fingerprint(
@@ -199,13 +201,20 @@ def _conversation_rules(source: SourceConfig) -> Rules:
     return rules
 
 
-def _with_unit_rules(mix: MixConfig, inputs: Inputs) -> Rules:
-    """Return the rules of a mix; large sources name those by which they are cut into units."""
+def _with_file_rules(mix: MixConfig, inputs: Inputs) -> Rules:
+    """Return the rules of a mix, with those that its files decide.
+
+    Large sources name the rules by which they are cut into units. Conversations of an earlier build
+    name by what copies are told, where others come from records: such copies were not found before.
+    """
     rules = build_rules(mix)
+    has_records = any(source.format == "harmony" for source in mix.sources)
     for source, of_source in zip(mix.sources, rules["sources"], strict=True):
         sizes = [file.state.size_bytes for file in inputs.get(source.name, ())]
         if source.format in FILE_FORMATS and units.is_large(sizes):
             of_source["unit_rules"] = units.LARGE_RULES
+        if has_records and source.format == "build" and may_hold_conversations(source):
+            of_source["copies_by"] = COPIES_BY
     return rules
 
 
@@ -251,7 +260,7 @@ def compare(manifest: BuildManifest, mix: MixConfig, *, read_contents: bool) -> 
     lines: list[str] = []
     if manifest.rules:
         present = [source for source in mix.sources if not _lacks_files(source)]
-        rules = _with_unit_rules(mix, look_at_inputs(present))
+        rules = _with_file_rules(mix, look_at_inputs(present))
         _take_what_is_unknown(rules, manifest.rules, {source.name for source in present})
         lines += _rule_differences(manifest.rules, rules)
         for source in present:
@@ -277,8 +286,9 @@ def _take_what_is_unknown(rules: Rules, of_build: Mapping[str, Any], present: se
     built = {source["name"]: source for source in of_build["sources"]}
     for of_mix in rules["sources"]:
         before = built.get(of_mix["name"], {})
-        if of_mix["name"] not in present and "unit_rules" in before:
-            of_mix["unit_rules"] = before["unit_rules"]
+        for key in ("unit_rules", "copies_by"):
+            if of_mix["name"] not in present and key in before:
+                of_mix[key] = before[key]
         function, digest = of_mix.get("hook", ("", ""))
         if function and not digest and before.get("hook", [""])[0] == function:
             of_mix["hook"] = before["hook"]

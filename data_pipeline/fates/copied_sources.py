@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline.fates.decided_source import DecidedSource
 from data_pipeline.fates.deduplication import Fate
-from data_pipeline.parts.part import read_hashes
+from data_pipeline.parts.part import read_copy_hashes
 from data_pipeline.store.packing import Integers
 
 MIN_COPIED_SHARE = 0.5
@@ -86,13 +86,13 @@ def _exact_copies(
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Return how many of the copies each source has, about, [sources]."""
     chosen = _some(copies, _MAX_EXACT)
-    wanted = sources[number].parts.hashes_of(chosen)["high"]
+    wanted = sources[number].parts.copy_hashes_of(chosen)["high"]
     found = np.zeros(len(sources))
     for other, source in enumerate(sources):
         if other == number:
             continue
         has = np.zeros(len(wanted), dtype=bool)
         for part in source.parts.parts:
-            has |= np.isin(wanted, read_hashes(part)["high"])
+            has |= np.isin(wanted, read_copy_hashes(part)["high"])
         found[other] = has.sum() * len(copies) / max(len(chosen), 1)
     return found

@@ -1,7 +1,7 @@
 """Which documents are held out, which are trained on, and which are exact copies of another.
 
 Decisions
-    Everything follows from the content hash of a document, so a copy shares the fate of its
+    Everything follows from hashes of a document's content, so a copy shares the fate of its
     original, wherever it stands and however often. Stages, in order of precedence:
       1. Held out: the hash falls below the source's held_out_share. The choice depends on the text
          alone, not on the order, other documents, the seed or the epoch. The first source in the

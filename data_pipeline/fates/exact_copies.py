@@ -5,7 +5,9 @@
     the same slot of all files -> fates of what is not simply trained on     (task per slot, SQL)
 
 Decisions
-    The rules are those of `deduplication`; equal hashes meet in one slot.
+    The rules are those of `deduplication`; equal hashes meet in one slot. Conversations meet by the
+    hash of their tokens, which an earlier build has of them, too; by what they are held out is
+    another matter (`NumberedPart.digests`).
     A small slot without equal hashes opens no engine.
     What a task holds does not grow with the corpus: hashes of GROUP_DOCUMENTS documents, or the
     memory of the engine. The parent holds 3 bytes a document. On disk the records take 21 bytes a
@@ -126,11 +128,12 @@ def decide_exact(
         Fates, and whether another document has the same text as one that is held out or a copy,
         [documents] each, in the order of the mix.
     """
-    inputs = [identity_of(gathered), list(shares), group_documents, slot_documents]
+    parts = numbered_parts(gathered)
+    hashes = [(part.bodies_path or part.hashes_path).name for part in parts]
+    inputs = [identity_of(gathered), hashes, list(shares), group_documents, slot_documents]
     step = Step.begin(work_dir, "exact", inputs)
     marks = step.result()
     if marks is None:
-        parts = numbered_parts(gathered)
         groups = list(group_parts(parts, group_documents))
         held_digests = _held_digests(groups, shares, executor)
         num_documents = document_ends(gathered)[-1]
@@ -212,7 +215,7 @@ def _layout(bits: int) -> RecordLayout:
 
 def _write_hashes(task: _MapHashes) -> None:
     # copies: every map would keep a file open
-    hashes: Hashes = np.concatenate([np.array(part.hashes()) for part in task.parts])
+    hashes: Hashes = np.concatenate([np.array(part.copy_hashes()) for part in task.parts])
     held = [_is_held(part, task.held_digests[part.source]) for part in task.parts]
     first = task.parts[0].first
     slots = leading_bits(hashes["high"], task.bits)

@@ -5,8 +5,8 @@
                                                    +-> MinHash signatures
 
 A unit is a stretch of the input; a part is what the build makes of it. Besides the shard it has
-three files: the content hashes, the signatures, and the account, which says what became of the
-unit.
+other files: the content hashes, the signatures, what else the end of the build needs, and the
+account, which says what became of the unit.
 
 Decisions
     A part is complete if and only if its account is there: it is written last. A rerun makes only
@@ -40,7 +40,7 @@ from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.parts.near_duplicates import NUM_HASHES, Signatures, minhash_signatures
 from data_pipeline.reading.content_hashes import HASH_DTYPE, Hashes
-from data_pipeline.reading.document import Document
+from data_pipeline.reading.document import Document, hash_of_body
 from data_pipeline.reading.input_files import InputFile, check_unchanged
 from data_pipeline.reading.kept_fields import KeptWriter
 from data_pipeline.reading.sources import TOO_LONG, read_documents, why_too_long
@@ -119,6 +119,19 @@ class Part:
         return source.turns == "each" or (source.format == "build" and holds_turns(source))
 
     @property
+    def has_bodies(self) -> bool:
+        """Whether copies are told by other hashes than what is held out.
+
+        Messages decide what is held out of conversations. An earlier build has none, but tokens.
+        """
+        return self.source.format == "harmony"
+
+    @property
+    def bodies_path(self) -> Path:
+        """Hashes of the tokens of the conversations in the shard; absent if `has_bodies` is not."""
+        return self._side_path("bodies")
+
+    @property
     def clusters_path(self) -> Path:
         """Clusters of the documents in the shard; absent if the source names none."""
         return self._side_path("clusters")
@@ -151,6 +164,8 @@ class Part:
             paths["kept"] = self.kept_path
         if self.by_record:
             paths["records"] = self.records_path
+        if self.has_bodies:
+            paths["bodies"] = self.bodies_path
         if self.near_duplicates:
             paths["minhash"] = self.signatures_path
         return paths
@@ -208,6 +223,8 @@ def read_account(part: Part) -> Account | None:
         if account.num_documents and part.shard_path.stat().st_size != account.shard_bytes:
             return None
         part.places_path.stat()  # an earlier version wrote none
+        if part.has_bodies:
+            part.bodies_path.stat()  # nor these
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return account
@@ -216,6 +233,11 @@ def read_account(part: Part) -> Account | None:
 def read_hashes(part: Part) -> Hashes:
     """Return the content hashes of the documents in a part's shard, as a memory map."""
     return read_side_file(part.hashes_path, part.work_dir)
+
+
+def read_copy_hashes(part: Part) -> Hashes:
+    """Return the hashes by which exact copies of a part's documents are found, as a memory map."""
+    return read_side_file(part.bodies_path if part.has_bodies else part.hashes_path, part.work_dir)
 
 
 def read_records(part: Part) -> Hashes:
@@ -264,7 +286,7 @@ def make_part(part: Part) -> Account:
     make_folder(part.shard_path.parent)
     make_folder(part.account_path.parent)
     tally = Tally()
-    facts = _DocumentFacts(part.near_duplicates, part.by_record)
+    facts = _DocumentFacts(part)
     try:
         has_shard = _write_shard(part, tally, facts)
     except (DataError, OSError):
@@ -281,6 +303,9 @@ def make_part(part: Part) -> Account:
     if part.by_record:
         with atomic_write(part.records_path) as file:
             np.save(file, facts.records())
+    if part.has_bodies:
+        with atomic_write(part.bodies_path) as file:
+            np.save(file, facts.bodies())
     if part.near_duplicates:
         with atomic_write(part.signatures_path) as file:
             np.save(file, facts.signatures())
@@ -399,13 +424,16 @@ def _identity(document: Document) -> int:
 class _DocumentFacts:
     """Facts about the documents of one unit that the end of the build needs."""
 
-    def __init__(self, need_signatures: bool, by_record: bool) -> None:
-        self._need_signatures = need_signatures
-        self._by_record = by_record
+    def __init__(self, part: Part) -> None:
+        self._need_signatures = part.near_duplicates
+        self._by_record = part.by_record
+        self._has_bodies = part.has_bodies
         self._high = array.array("Q")
         self._low = array.array("Q")
         self._record_high = array.array("Q")
         self._record_low = array.array("Q")
+        self._body_high = array.array("Q")
+        self._body_low = array.array("Q")
         self._clusters = array.array("Q")
         self._places = array.array("Q")
         self._waiting: list[Tokens] = []
@@ -443,6 +471,10 @@ class _DocumentFacts:
             record = document.record or document.content_hash
             self._record_high.append(record >> 64)
             self._record_low.append(record & 2**64 - 1)
+        if self._has_bodies:
+            of_body = hash_of_body(tokens)
+            self._body_high.append(of_body >> 64)
+            self._body_low.append(of_body & 2**64 - 1)
         self._clusters.append(document.cluster)
         self._places.append(document.origin)
         num_tokens = len(tokens)
@@ -470,6 +502,10 @@ class _DocumentFacts:
     def records(self) -> Hashes:
         """Return the content hash of the whole record of each document noted."""
         return _halves(self._record_high, self._record_low)
+
+    def bodies(self) -> Hashes:
+        """Return the hash of the tokens of each conversation noted."""
+        return _halves(self._body_high, self._body_low)
 
     def clusters(self) -> Hashes64:
         """Return the clusters of the documents noted."""

@@ -38,6 +38,7 @@ from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.config.source_config import CLUSTER_PLACES, SourceConfig, suffix_format
 from data_pipeline.parts.near_duplicates import NUM_HASHES, SHINGLE_TOKENS
 from data_pipeline.parts.part import SHARD, VERSION, Account, Part, make_part
+from data_pipeline.reading.document import COPIES_BY
 from data_pipeline.reading.hooks import hook_rules
 from data_pipeline.store import shards
 from data_pipeline.store.files import (
@@ -161,6 +162,7 @@ def _identity(part: Part) -> Identity:
     }
     if source.format == "harmony":
         identity["conversation_rules"] = RULES_VERSION
+        identity["copies_by"] = COPIES_BY
         if source.loss != "all":
             identity["loss_rules"] = LOSS_RULES_VERSION
     if source.hook is not None:

@@ -41,10 +41,16 @@ class NumberedPart:
     records_path: Path | None = None
     """Content hashes of whole records, whose documents are all held out, or none; None if the hash
     of a document is that of its record."""
+    bodies_path: Path | None = None
+    """Hashes by which copies of conversations are found; None if the content hashes do it."""
 
     def hashes(self) -> Hashes:
         """Return the content hashes of the documents, as a memory map."""
         return read_side_file(self.hashes_path, self.work_dir)
+
+    def copy_hashes(self) -> Hashes:
+        """Return the hashes that exact copies have in common, as a memory map."""
+        return read_side_file(self.bodies_path or self.hashes_path, self.work_dir)
 
     def digests(self) -> Hashes64:
         """Return what decides which documents are held out, [documents]."""
@@ -78,6 +84,7 @@ def numbered_parts(gathered: Sequence[SourceParts]) -> list[NumberedPart]:
                     first=first,
                     stop=stop,
                     records_path=part.records_path if part.by_record else None,
+                    bodies_path=part.bodies_path if part.has_bodies else None,
                 )
             )
             first = stop

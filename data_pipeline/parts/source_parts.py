@@ -14,6 +14,7 @@ from data_pipeline.parts.part import (
     Part,
     read_account,
     read_clusters,
+    read_copy_hashes,
     read_hashes,
     read_records,
 )
@@ -142,6 +143,13 @@ class SourceParts:
         chosen = [np.zeros(0, HASH_DTYPE)]
         for part, numbers in self._by_part(documents):
             chosen.append(read_hashes(part)[numbers])
+        return np.concatenate(chosen)
+
+    def copy_hashes_of(self, documents: Integers) -> Hashes:
+        """Return the hashes that documents, whose numbers rise, share with their exact copies."""
+        chosen = [np.zeros(0, HASH_DTYPE)]
+        for part, numbers in self._by_part(documents):
+            chosen.append(read_copy_hashes(part)[numbers])
         return np.concatenate(chosen)
 
     @property

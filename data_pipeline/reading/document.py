@@ -17,6 +17,8 @@ from data_pipeline.text.tokenizer import Tokens, decode, encode
 
 BYTES_PER_INVENTED_TOKEN = 4
 """UTF-8 bytes that an invented token counts as; about what a token of real text stands for."""
+COPIES_BY = "tokens"
+"""By what `hash_of_body` tells copies, for rules and parts: another word if other ones are told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +125,7 @@ class Document:
         loss = stored.loss
         return cls(
             text=decode(body(stored.tokens)),
-            content_hash=content_hash(body(stored.tokens).tobytes()),
+            content_hash=hash_of_body(stored.tokens),
             record=stored.record,
             num_bytes=stored.num_bytes,
             is_conversation=True,
@@ -147,6 +149,14 @@ class Document:
 def hash_of(conversation: Conversation) -> int:
     """Return the content hash of a conversation; what is learned of it does not count."""
     return content_hash(conversation.content.encode("utf-8"))
+
+
+def hash_of_body(tokens: Tokens) -> int:
+    """Return the hash by which copies of a conversation are found, whatever it was read from.
+
+    An earlier build has its tokens alone. Neither effort and date count, nor what is learned.
+    """
+    return content_hash(body(tokens).tobytes())
 
 
 class _Rendering:

@@ -151,6 +151,24 @@ def holds_turns(source: SourceConfig) -> bool:
     return any(built.records is not None for built in _built_sources(source))
 
 
+def may_hold_conversations(source: SourceConfig) -> bool:
+    """Return `holds_conversations` from one header, without a look at the rest of the build.
+
+    Returns:
+        False also if the build cannot be read, which whoever takes documents from it is told.
+    """
+    directory = Path(source.patterns()[0])
+    try:
+        manifest = read_manifest(directory)
+        for name in source.build_sources or [entry.name for entry in manifest.sources]:
+            shards = manifest.shard_names(name)
+            if shards:
+                return Shards(directory / name, shards[:1], verify=False).chat
+    except (DataError, OSError):
+        pass
+    return False
+
+
 def read_build_conversations(
     source: SourceConfig, start: int, stop: int
 ) -> Iterator[StoredConversation]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import yaml
 from data_pipeline.build import found_builds, origin
 from data_pipeline.build.build import build
 from data_pipeline.build.found_builds import matching_builds
-from data_pipeline.build.origin import compare, fingerprint
+from data_pipeline.build.origin import compare, fingerprint, read_origin
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
@@ -22,6 +24,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.reading import input_files
 from data_pipeline.store.manifest import BuildManifest, read_manifest
 from tests.data_pipeline.inputs import MakeMix, make_texts, write_jsonl
+from tests.support.records import write_jsonl as write_records
 
 TEXTS = {"en": make_texts(20, "en"), "ja": make_texts(20, "ja")}
 
@@ -160,6 +163,44 @@ def test_a_build_without_its_raw_files_is_compared_by_its_rules(
     path.write_text(yaml.safe_dump(content))
     found = compare(built, load_mix(path, need_files=False), read_contents=True)
     assert found.differences == ("near_duplicates: 0.0 in the build, 0.9 in the mix",)
+
+
+def without_copies_by(manifest: BuildManifest) -> BuildManifest:
+    """Return a manifest as it was before copies of stored conversations were found."""
+    rules = json.loads(json.dumps(manifest.rules))
+    del rules["sources"][1]["copies_by"]
+    return dataclasses.replace(manifest, rules=rules)
+
+
+def test_a_build_from_before_copies_of_stored_conversations_were_found_is_told(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    records = []
+    for number in range(6):
+        question = {"role": "user", "content": f"Q{number}"}
+        records.append({"messages": [question, {"role": "assistant", "content": "A"}]})
+    write_records(tmp_path / "chat.jsonl", records[:3])
+    write_records(tmp_path / "more.jsonl", records)
+    chat = {"path": str(tmp_path / "chat.jsonl"), "format": "harmony"}
+    more = {**chat, "path": str(tmp_path / "more.jsonl")}
+    make: Callable[..., MixConfig] = functools.partial(make_mix, seq_len=256)
+    build(make({"en": ["-"]}, sources={"en": more}), tmp_path / "chats", progress=False)
+    build(make({"en": TEXTS["en"]}), tmp_path / "texts", progress=False)
+    chats = {"path": str(tmp_path / "chats"), "format": "build"}
+    texts = {**chats, "path": str(tmp_path / "texts")}
+    for sources in ({"en": chat, "ja": texts}, {"en": texts, "ja": chats}):
+        mix = make({"en": ["-"], "ja": ["-"]}, sources=sources)
+        assert not any("copies_by" in rules for rules in read_origin(mix).rules["sources"])
+
+    mix = make({"en": ["-"], "ja": ["-"]}, sources={"en": chat, "ja": chats})
+    manifest = build(mix, tmp_path / "out", progress=False)
+    assert compare(manifest, mix, read_contents=True).differences == ()
+    (line,) = compare(without_copies_by(manifest), mix, read_contents=True).differences
+    assert line == 'sources[ja].copies_by: none in the build, "tokens" in the mix'
+    shutil.rmtree(tmp_path / "chats")
+    mix = load_mix(tmp_path / "in" / "mix.yaml", need_files=False)
+    for of_build in (manifest, without_copies_by(manifest)):
+        assert compare(of_build, mix, read_contents=True).differences == ()
 
 
 def test_build_refuses_another_build_and_says_what_differs(

@@ -23,6 +23,7 @@ from data_pipeline.reading import units
 from data_pipeline.store.provenance import FOLDER, PLACES_FILE, Provenance
 from data_pipeline.text.tokenizer import decode_bytes
 from tests.data_pipeline.inputs import MakeMix, make_texts
+from tests.support.records import write_jsonl as write_records
 
 TEXTS = make_texts(60, "en")
 
@@ -205,10 +206,19 @@ def test_a_build_that_was_killed_ends_with_the_same_files(
     assert build(mix, tmp_path / "again", workers=1) == whole
 
 
-def test_a_part_of_an_earlier_version_without_places_is_made_again(
-    make_mix: MakeMix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("missing", ["places", "bodies"])
+def test_a_part_of_an_earlier_version_without_a_file_is_made_again(
+    make_mix: MakeMix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     mix = make_mix({"en": TEXTS})
+    if missing == "bodies":
+        records = []
+        for text in TEXTS:
+            question = {"role": "user", "content": text}
+            records.append({"messages": [question, {"role": "assistant", "content": "Yes."}]})
+        chat = {"path": str(tmp_path / "chat.jsonl"), "format": "harmony"}
+        write_records(tmp_path / "chat.jsonl", records)
+        mix = make_mix({"en": TEXTS}, sources={"en": chat}, seq_len=1024)
 
     def killed(**_: object) -> None:
         raise KeyboardInterrupt
@@ -217,8 +227,8 @@ def test_a_part_of_an_earlier_version_without_places_is_made_again(
         patch.setattr("data_pipeline.build.assembly.BuildManifest", killed)
         with pytest.raises(KeyboardInterrupt):
             build(mix, tmp_path / "out", workers=1)
-    (places,) = (tmp_path / ".out.building").rglob("*.places")
-    places.unlink()
+    (path,) = (tmp_path / ".out.building").rglob(f"*.{missing}")
+    path.unlink()
     build(mix, tmp_path / "out", workers=1)
     assert Provenance(tmp_path / "out", "en").of(3).record == 4
 

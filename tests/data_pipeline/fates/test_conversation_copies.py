@@ -84,6 +84,57 @@ def test_a_held_out_conversation_is_trained_under_no_other_mask(
     assert theirs
 
 
+def short_records(count: int) -> list[Record]:
+    """Return conversations of one short turn after the same instructions."""
+    rng = random.Random(5)
+    instructions = {"role": "system", "content": words(rng, 20)}
+    records = []
+    for _ in range(count):
+        question = {"role": "user", "content": words(rng, 2)}
+        answer = {"role": "assistant", "thinking": words(rng, 2), "content": words(rng, 2)}
+        records.append({"messages": [instructions, question, answer]})
+    return records
+
+
+def bodies(directory: Path, manifest: BuildManifest, source: str, split: str) -> set[bytes]:
+    """Return the documents of a split, each without its system message."""
+    found = set()
+    for content in documents(directory, manifest, source, split):
+        found.add(body(np.frombuffer(content, np.uint32)).tobytes())
+    return found
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_a_conversation_and_that_of_an_earlier_build_are_exact_copies(
+    make_mix: MakeMix, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    """Nothing else finds short ones: neither the search for text nor that for near copies."""
+    records = short_records(48)
+    high = [{**record, "reasoning_effort": "high"} for record in records[:45]]
+    earlier = {"path": write_records(tmp_path / "high.jsonl", high), "format": "harmony"}
+    mix = make_mix({"chat": ["unused"]}, sources={"chat": earlier}, seq_len=1024)
+    build(mix, tmp_path / "earlier", progress=False)
+    path = write_records(tmp_path / "chat.jsonl", records[:40] + records[45:])
+    sources = {
+        "a": {"path": path, "format": "harmony", "held_out_share": 0.3, **ASSISTANT},
+        "b": {"path": str(tmp_path / "earlier"), "format": "build"},
+    }
+    alone = make_mix({"a": ["unused"]}, folder="alone", sources=sources, seq_len=1024)
+    manifest = build(alone, tmp_path / "alone_out", progress=False)
+    held = bodies(tmp_path / "alone_out", manifest, "a", "held_out")
+    assert len(held) > 5
+    texts = {name: ["unused"] for name in names}
+    mix = make_mix(texts, folder="both", sources=sources, seq_len=1024)
+    out = tmp_path / "out"
+    manifest = build(mix, out, progress=False)
+    assert bodies(out, manifest, "a", "held_out") == held
+    mine = bodies(out, manifest, "a", "train")
+    theirs = bodies(out, manifest, "b", "train")
+    assert not held & theirs and not mine & theirs
+    assert len(mine | theirs) == 48 - len(held)
+    assert len(theirs if names[0] == "a" else mine) <= 5  # the first source keeps what both have
+
+
 def with_other_analysis(record: Record) -> Record:
     question, answer, *rest = record["messages"]
     return {"messages": [question, {**answer, "thinking": "something else"}, *rest]}
