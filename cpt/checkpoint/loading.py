@@ -289,22 +289,31 @@ def shorten(names: list[str]) -> str:
 
 
 def set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
-    """Rename the folders of newer steps.
+    """Rename the folders of newer steps, and those of their exports.
 
-    The run will reach these steps again, and the folders must not be taken for its own.
+    The run will reach these steps again, and the folders must not be taken for its own. A
+    checkpoint set aside is deleted once a newer one takes its place (`cpt.checkpoint.pruning`). An
+    export never is: nothing else may hold these weights, and nobody may export the step again.
     """
     kind = "rejected" if resume == "auto" else "superseded"
     for newer in list_steps(run_dir):
         if newer <= step:
             break  # the list begins with the newest
         folder = step_folder(run_dir, newer)
-        aside = folder.with_name(f".{kind}-{folder.name}")
-        number = 2
-        while aside.exists():
-            aside = folder.with_name(f".{kind}-{folder.name}-{number}")
-            number += 1
-        folder.rename(aside)
-        export = run_dir / "export" / folder.name
-        if export.exists():  # the weights just set aside; the step will be exported anew
-            export.rename(aside / "export")
+        aside = _set_aside(folder, kind)
         log.warning("%s is set aside as %s", folder.name, aside.name)
+        export = run_dir / "export" / folder.name
+        if export.exists():
+            aside = _set_aside(export, kind)
+            log.warning("its export is set aside as export/%s, and stays there", aside.name)
+
+
+def _set_aside(folder: Path, kind: str) -> Path:
+    """Give a folder a name that no step has, and return it."""
+    aside = folder.with_name(f".{kind}-{folder.name}")
+    number = 2
+    while aside.exists():
+        aside = folder.with_name(f".{kind}-{folder.name}-{number}")
+        number += 1
+    folder.rename(aside)
+    return aside

@@ -47,7 +47,7 @@ from data_pipeline.bounded.files import open_regular
 from data_pipeline.bounded.json_text import parse_json
 from data_pipeline.console.progress import show_progress
 from data_pipeline.escaping import escaped_line
-from data_pipeline.store.files import write_text, xxh3_of_open
+from data_pipeline.store.files import AtChunk, no_call, write_text, xxh3_of_open
 
 MANIFEST = "manifest.json"
 RANGES = "ranges.json"
@@ -150,10 +150,10 @@ class Manifest:
     """Version of the form in which the checkpoint is stored."""
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Path, at_chunk: AtChunk = no_call) -> str:
     """Return the xxh3-128 of a file's content."""
     with open_regular(path, follow_links=False) as file:
-        return xxh3_of_open(file)
+        return xxh3_of_open(file, at_chunk)
 
 
 def record_file(path: Path) -> FileRecord:
@@ -290,15 +290,20 @@ def _are_moments(moments: tuple[Any, ...]) -> bool:
     return all(moment in MOMENTS for moment in moments) and len(set(moments)) == len(moments)
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
+def verify_files(folder: Path, manifest: Manifest, at_chunk: AtChunk = no_call) -> None:
     """Compare every file with the manifest.
+
+    Args:
+        folder: The checkpoint.
+        manifest: Its manifest.
+        at_chunk: See `AtChunk`.
 
     Raises:
         CheckpointError: a file is missing, unknown, not a regular file, or differs in size or
             hash.
     """
     check_listing(folder, manifest)
-    check_hashes(folder, manifest.files)
+    check_hashes(folder, manifest.files, at_chunk)
 
 
 def check_listing(folder: Path, manifest: Manifest) -> None:
@@ -327,8 +332,13 @@ def check_listing(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def check_hashes(folder: Path, files: Iterable[FileRecord]) -> None:
+def check_hashes(folder: Path, files: Iterable[FileRecord], at_chunk: AtChunk = no_call) -> None:
     """Compare the content of some files with their records.
+
+    Args:
+        folder: The checkpoint.
+        files: The records.
+        at_chunk: See `AtChunk`.
 
     Raises:
         CheckpointError: a file differs or cannot be read; the first one is named.
@@ -338,13 +348,13 @@ def check_hashes(folder: Path, files: Iterable[FileRecord]) -> None:
     bar = show_progress(total, f"hashes of {folder.name}", "B", unit_scale=True, leave=False)
     with bar:
         for record in records:
-            _check_hash(folder, record)
+            _check_hash(folder, record, at_chunk)
             bar.update(record.bytes)
 
 
-def _check_hash(folder: Path, record: FileRecord) -> None:
+def _check_hash(folder: Path, record: FileRecord, at_chunk: AtChunk) -> None:
     try:
-        differs = hash_file(folder / record.name) != record.xxh3_128
+        differs = hash_file(folder / record.name, at_chunk) != record.xxh3_128
     except OSError as error:
         raise CheckpointError(
             f"{folder.name}/{escaped_line(record.name)}: cannot be read ({error.strerror})."

@@ -33,6 +33,7 @@ from cpt.checkpoint.write_buffer import WriteBuffer
 from cpt.checkpoint.writer import Written, shard_name, would_write, write_ranges, write_shard
 from cpt.errors import CheckpointError
 from cpt.resilience.faults import fault_point
+from cpt.storage.allocation import release_page_locked
 
 log = logging.getLogger("cpt.checkpoint")
 
@@ -118,7 +119,8 @@ class OwnPart:
                 self._rank,
                 f"{type(error).__name__}: {error}".splitlines()[0],
             )
-            return None
+        release_page_locked()  # buffers made before the one that failed; the error held them
+        return None
 
     @contextmanager
     def _beside_training(self, ready: torch.cuda.Event | None) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Pruning: the rule which checkpoints are kept, and the deletion of the others.
 
-A checkpoint is deleted manifest first, so that a crash leaves nothing that looks complete.
+A checkpoint is deleted manifest first, so that a crash leaves nothing that looks complete, and the
+process may end at any moment.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from cpt.resilience.faults import fault_point
 log = logging.getLogger("cpt.checkpoint")
 
 
+class ReadingInterrupted(Exception):
+    """An older checkpoint is not read to its end, because there is no time for it."""
+
+
 class Retention:
     """What is kept of a run's checkpoints; the first rank deletes the others in the background."""
 
@@ -26,10 +31,11 @@ class Retention:
         self._run_dir = run_dir
         self._settings = settings
         self._thread: threading.Thread | None = None
+        self._is_interrupted = False
         self._sound: set[int] = set()
         self._loaded: int | None = None
         self.kept: int | None = None
-        """A step that is kept beside those of the rule."""
+        """A step that is kept besides those of the rule."""
 
     def trust(self, step: int) -> None:
         """Note a step whose checkpoint was verified and loaded; it is never deleted."""
@@ -39,13 +45,27 @@ class Retention:
     def note_published(self, step: int) -> None:
         """Begin to delete what is no longer kept, now that a step was published."""
         self._sound.add(step)
-        self._thread = threading.Thread(target=self._prune, args=(step,), daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._prune, args=(step,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives no thread; the next save tries again
+            log.warning("older checkpoints are not deleted now: %s", error)
+            return
+        self._thread = thread
 
-    def close(self) -> None:
-        """Wait for deletions."""
+    def close(self, max_seconds: float | None = None) -> None:
+        """Wait for deletions, for so long at most."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(max_seconds)
+
+    def interrupt(self) -> None:
+        """Wait for deletions that have begun, and read no further checkpoint for others.
+
+        What would have to be read to delete more stays until the next checkpoint is published.
+        """
+        self._is_interrupted = True
+        self.close()
+        self._is_interrupted = False
 
     def _prune(self, newest: int) -> None:
         protected = {newest}
@@ -67,12 +87,19 @@ class Retention:
         Those that this run wrote or loaded are. Others are read once, in the background.
         """
         if step not in self._sound:
-            reason = refusal_of(step_folder(self._run_dir, step))
+            try:
+                reason = refusal_of(step_folder(self._run_dir, step), self._check_time)
+            except ReadingInterrupted:
+                return False
             if reason is not None:
                 log.warning("an older checkpoint is damaged and does not count as kept: %s", reason)
                 return False
             self._sound.add(step)
         return True
+
+    def _check_time(self) -> None:
+        if self._is_interrupted:
+            raise ReadingInterrupted
 
 
 def prune(

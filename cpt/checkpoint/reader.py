@@ -29,6 +29,7 @@ from cpt.errors import CheckpointError, ConfigError
 from cpt.storage.state_bytes import FP32_BYTES
 from data_pipeline.bounded.files import open_regular
 from data_pipeline.escaping import escaped_line
+from data_pipeline.store.files import AtChunk, no_call
 from data_pipeline.store.ownership import refuse_foreign
 
 MOST_LISTED = 20
@@ -140,14 +141,19 @@ def first_sound(
     return None, []
 
 
-def refusal_of(folder: Path) -> str | None:
-    """Return why a checkpoint is not to be used; None if every file is the one that was written."""
-    return reason_of(lambda: _verify(folder))
+def refusal_of(folder: Path, at_chunk: AtChunk = no_call) -> str | None:
+    """Return why a checkpoint is not to be used; None if every file is the one that was written.
+
+    Args:
+        folder: The checkpoint.
+        at_chunk: See `AtChunk`.
+    """
+    return reason_of(lambda: _verify(folder, at_chunk))
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, at_chunk: AtChunk) -> None:
     manifest = read_manifest(folder)
-    verify_files(folder, manifest)
+    verify_files(folder, manifest, at_chunk)
     read_range_index(folder, manifest)
 
 

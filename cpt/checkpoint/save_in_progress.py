@@ -49,8 +49,11 @@ class Published:
 class SaveInProgress:
     """A save, and the outcome of what this rank does for it."""
 
-    def __init__(self, step: int, state: dict[str, Any], final: Path, way: Way) -> None:
+    def __init__(
+        self, step: int, state: dict[str, Any], final: Path, way: Way, *, keep: bool = False
+    ) -> None:
         self.step = step
+        self.keep = keep
         self.final = final
         self.temporary = final.with_name(f".tmp-{final.name}")
         self.state = json.loads(json.dumps(state))  # a copy, because the run changes its own
@@ -74,9 +77,17 @@ class SaveInProgress:
             self.error = error if known else write_error(error, self.temporary)
 
     def beside_training(self, action: Callable[[], None]) -> None:
-        """Begin to do a part of the save in a thread of its own."""
-        self.thread = threading.Thread(target=self.attempt, args=(action,), daemon=True)
-        self.thread.start()
+        """Begin to do a part of the save in a thread of its own.
+
+        If the system gives no thread, that is an error like one of the part itself.
+        """
+        thread = threading.Thread(target=self.attempt, args=(action,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self.error = write_error(error, self.temporary)
+            return
+        self.thread = thread
 
     def check(self) -> None:
         """Raise what a part of the save has raised.

@@ -114,33 +114,48 @@ class Saver:
         self._own.note_loaded(step_folder(self._run_dir, step))
         self._linked_bytes = 0
 
+    @property
+    def kept(self) -> int | None:
+        """Step whose checkpoint is kept from deletion until another one is."""
+        return self._retention.kept
+
     def keep(self, step: int) -> None:
-        """Keep this checkpoint from deletion until another one is named here."""
+        """Keep a published checkpoint from deletion until another one is kept."""
         self._retention.kept = step
 
-    def save_now(self, step: int, state: dict[str, Any]) -> Published:
+    @property
+    def step_in_flight(self) -> int | None:
+        """Step of the save that goes on beside training, if there is one."""
+        return None if self._in_flight is None else self._in_flight.step
+
+    def save_now(
+        self, step: int, state: dict[str, Any], *, keep: bool = False, in_haste: bool = False
+    ) -> Published:
         """Publish one checkpoint before returning; a complete one of the same step is left alone.
 
         Args:
             step: Optimizer steps done.
             state: JSON values to restore besides the tensors.
+            keep: Keep this checkpoint from deletion, once it is published, until another one is.
+            in_haste: Do not wait until older checkpoints are read, which may have to be before more
+                of them are deleted.
 
         Raises:
             StorageError: a rank could not write; nothing was published and nothing older was
                 touched.
         """
-        save = self._begin(step, state, "wait")
+        save = self._begin(step, state, "wait", keep=keep)
         save.num_bytes = self.expected_bytes()
         with save.blocking():
             if not self._is_complete(save):
                 with self._removed_on_failure(save):
-                    self._prepare(save)
+                    self._prepare(save, in_haste=in_haste)
                     save.attempt(self._writing(save))
                     self._complete_now(save, self._gather_parts(save))
                     self._note_published(save)
         return self._outcome(save)
 
-    def start(self, step: int, state: dict[str, Any]) -> None:
+    def start(self, step: int, state: dict[str, Any], *, keep: bool = False) -> None:
         """Begin to write the state of this step beside training.
 
         The next update waits until the state was copied or written (`StateReading`).
@@ -148,11 +163,12 @@ class Saver:
         Args:
             step: Optimizer steps done.
             state: JSON values to restore besides the tensors.
+            keep: As in `save_now`.
 
         Raises:
             StorageError: this save cannot begin; nothing older was touched.
         """
-        save = self._begin(step, state, self.way)
+        save = self._begin(step, state, self.way, keep=keep)
         with save.blocking():
             if self._is_complete(save):
                 return
@@ -162,13 +178,15 @@ class Saver:
             self._engine.state_reading.begin()
             self._in_flight = save
             save.beside_training(writing)
+            if save.thread is None:
+                self._engine.state_reading.end()  # nobody will read it
 
-    def _begin(self, step: int, state: dict[str, Any], way: Way) -> SaveInProgress:
+    def _begin(self, step: int, state: dict[str, Any], way: Way, *, keep: bool) -> SaveInProgress:
         if self._in_flight is not None:
             raise InternalError(
                 f"step {step} is to be saved while step {self._in_flight.step} is still in flight."
             )
-        return SaveInProgress(step, state, step_folder(self._run_dir, step), way)
+        return SaveInProgress(step, state, step_folder(self._run_dir, step), way, keep=keep)
 
     def _writing(self, save: SaveInProgress) -> Callable[[], None]:
         """Return what writes this rank's part, for the state as it is when this is called."""
@@ -262,17 +280,22 @@ class Saver:
             linked_bytes=save.linked_bytes,
         )
 
-    def close(self) -> None:
-        """Wait for deletions; no other rank is needed, so this may be called in any state."""
-        self._retention.close()
+    def close(self, max_seconds: float | None = None) -> None:
+        """Wait for deletions, for so long at most; no other rank is needed, so this may be called
+        in any state.
+        """
+        self._retention.close(max_seconds)
 
     def _is_complete(self, save: SaveInProgress) -> bool:
         return on_first_rank(
             self._topology.control_group, lambda: (save.final / MANIFEST).is_file()
         )
 
-    def _prepare(self, save: SaveInProgress) -> None:
-        self.close()
+    def _prepare(self, save: SaveInProgress, *, in_haste: bool = False) -> None:
+        if in_haste:
+            self._retention.interrupt()
+        else:
+            self._retention.close()
         fault_point("save_stage", save.step)
         world_size = self._topology.world_size
 
@@ -356,6 +379,8 @@ class Saver:
         self._in_flight = None
         self._own.note_published(save.final)
         self._linked_bytes = save.linked_bytes
+        if save.keep:
+            self._retention.kept = save.step
         if self._topology.rank == 0:
             self._retention.note_published(save.step)
 

@@ -16,12 +16,12 @@ from cpt.deepspeed_adapter.offload import (
     offloaded_state,
     offloads_optimizer,
     on_host,
-    release_page_locked,
     settle_gradients,
 )
 from cpt.deepspeed_adapter.shards import create_optimizer_state
 from cpt.deepspeed_adapter.state_reading import StateReading
 from cpt.deepspeed_adapter.version import Feature, check_private_code
+from cpt.storage.allocation import release_page_locked
 from cpt.storage.file_memory import FileMemory
 from cpt.storage.state_bytes import gradient_place
 
@@ -71,6 +71,10 @@ def initialize(
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.state_reading = StateReading()
     settle_gradients(engine, engine_json, files)
+    # DeepSpeed copies the partitions of weights, which are page-locked one by one, to flat buffers,
+    # so a node would hold its weights twice until the end. Read in deepspeed 0.19.8:
+    # partition_parameters.py, `_partition_param`; stage3.py,
+    # `_create_param_groups_fp16_flat_cpu_memory` and `_move_to_flat_buffer`.
     release_page_locked()
     if "offload_optimizer" in files:
         create_optimizer_state(engine, files["offload_optimizer"].zeros)

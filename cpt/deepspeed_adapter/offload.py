@@ -246,19 +246,6 @@ def place_gradients(zero: Any, memory: FileMemory | None) -> None:
     assert start == buffer.numel(), f"{start} master weights and {buffer.numel()} gradients"
 
 
-def release_page_locked() -> None:
-    """Give page-locked memory that nothing holds any more back to the system.
-
-    torch keeps it for tensors to come. DeepSpeed copies the partitions of weights, which are
-    page-locked one by one, to flat buffers, so a node would hold its weights twice until the end.
-    Read in deepspeed 0.19.8: partition_parameters.py, `_partition_param`; stage3.py,
-    `_create_param_groups_fp16_flat_cpu_memory` and `_move_to_flat_buffer`.
-    """
-    # torch 2.11 has no public function for it; builds without a GPU have none at all.
-    if torch.cuda.is_available() and hasattr(torch._C, "_host_emptyCache"):
-        torch._C._host_emptyCache()
-
-
 def move_frozen_weights(model: nn.Module, memory: FileMemory) -> None:
     """Move this rank's partitions of frozen parameters, which the optimizer does not know."""
     parameters: list[Any] = list(model.parameters())

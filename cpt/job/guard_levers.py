@@ -28,7 +28,7 @@ from cpt.guard.ladder import LEVERS, RELIEFS, Decision, GuardState
 from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.yardstick import Evidence, Reading
 from cpt.job.job import Job
-from cpt.job.progress import read_guard_rollbacks, write_guard_rollbacks
+from cpt.job.progress import read_guard_rollbacks, write_guard_pause, write_guard_rollbacks
 from cpt.job.run_report import draw_report_together
 from cpt.job.saving import end, final_save
 from cpt.job.stretches import capped_phases, later_stages
@@ -99,9 +99,15 @@ def steer(job: Job, guard: Guard, decision: Decision) -> None:
 def pause(job: Job, reason: str) -> NoReturn:
     """Save and leave; the next start goes back to the last green checkpoint.
 
+    The state is noted by itself as well: if this step was saved before it was measured, its
+    checkpoint is complete and does not know of the pause.
+
     Raises:
         RequeueRequested: with the reason.
     """
+    assert job.guard is not None
+    step, state = job.progress.step, job.guard.state.to_json()
+    on_first_rank(job.topology.control_group, lambda: write_guard_pause(job.run_dir, step, state))
     final_save(job)
     paused = RequeueRequested(
         f"paused by the guard after step {job.progress.step}: {reason}. Saved. Starting again goes "
@@ -114,15 +120,12 @@ def pause(job: Job, reason: str) -> NoReturn:
 
 
 def note_green(job: Job) -> None:
-    """Remember a checkpoint that is about to be saved as one to go back to, and keep it."""
+    """Remember a checkpoint that is about to be saved as one to go back to."""
     if job.guard is None:
         return
     state = job.guard.state
     if state.green and not state.paused and job.progress.step:
-        state = replace(state, green_step=job.progress.step)
-        job.guard.state = state
-    if state.green_step is not None:
-        job.saver.keep(state.green_step)
+        job.guard.state = replace(state, green_step=job.progress.step)
 
 
 def go_on_after_pause(job: Job) -> None:

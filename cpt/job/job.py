@@ -20,7 +20,12 @@ from cpt.guard.guard import Guard
 from cpt.guard.ladder import GuardState
 from cpt.guard.replay_share import ReplayShares
 from cpt.job.context import RunContext
-from cpt.job.progress import Progress, newest_guard_state, read_guard_rollbacks
+from cpt.job.progress import (
+    Progress,
+    newest_guard_state,
+    read_guard_pause,
+    read_guard_rollbacks,
+)
 from cpt.job.resumption import RunIdentity, StartingPoint, starting_point
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
@@ -278,11 +283,15 @@ class Job:
     def _restore_guard(self, state: RunState) -> None:
         if self.guard is None:
             return
-        after_rollbacks = on_first_rank(
-            self.context.control_group, lambda: read_guard_rollbacks(self.run_dir)
+        step, run_dir = self.progress.step, self.run_dir
+        rollbacks, pause = on_first_rank(
+            self.context.control_group,
+            lambda: (read_guard_rollbacks(run_dir), read_guard_pause(run_dir, step)),
         )
-        newest = newest_guard_state(_dict(state.guard), after_rollbacks)
+        newest = newest_guard_state(_dict(state.guard), rollbacks, pause)
         self.guard.state = GuardState.from_json(newest)
+        if self.guard.state.green_step is not None:
+            self.saver.keep(self.guard.state.green_step)
         self.reweigh(self.guard.state)
 
     def _follow(self, ledger: Ledger) -> None:

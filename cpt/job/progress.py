@@ -10,7 +10,8 @@ ledger, seed, step, skip ranges).  Without a rollback, batch and step are the sa
 A rollback must not be forgotten when the run is killed before its next checkpoint: the run would
 meet the same batches again.  So <run_dir>/rollbacks.json lists all of them, and it is written
 before the first step is repeated.  Rollbacks of the guard give up no batch; they mix differently
-from an earlier step on.  guard_rollbacks.json keeps the guard's state after each of them.
+from an earlier step on.  guard_rollbacks.json keeps the guard's state after each of them, and
+guard_pause.json that of its last pause: the checkpoint of that step may be older than the pause.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.given_up_batches import FILE, Ranges, batch_of_step, merged, read_list
+from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.store.files import write_json
 
 GUARD_FILE = "guard_rollbacks.json"
+PAUSE_FILE = "guard_pause.json"
 
 
 @dataclass(kw_only=True)
@@ -89,16 +92,40 @@ def write_guard_rollbacks(run_dir: Path, states: list[dict[str, Any]]) -> None:
     write_json(run_dir / GUARD_FILE, states, indent=1)
 
 
-def newest_guard_state(
-    saved: dict[str, Any] | None, rollbacks: list[dict[str, Any]]
-) -> dict[str, Any] | None:
-    """Return the guard's state of a checkpoint, or the one after a later rollback to it.
+def read_guard_pause(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """Return the guard's state at its last pause, if that was at this step."""
+    path = run_dir / PAUSE_FILE
+    if not path.exists():
+        return None
+    noted = read_json(path, LARGE_BYTES, follow_links=False)
+    state: dict[str, Any] | None = noted["state"] if noted["step"] == step else None
+    return state
 
-    A checkpoint that was saved before a rollback does not know of it. That of the pause itself is
-    the newest one only if the run stayed there, or was killed on its way back: it goes on from the
-    pause again.
+
+def write_guard_pause(run_dir: Path, step: int, state: dict[str, Any]) -> None:
+    """Write the guard's state at a pause, as `GuardState.to_json` gave it."""
+    write_json(run_dir / PAUSE_FILE, {"step": step, "state": state}, indent=1)
+
+
+def newest_guard_state(
+    saved: dict[str, Any] | None,
+    rollbacks: list[dict[str, Any]],
+    pause: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """Return the guard's state of a checkpoint, or a later one at the same step.
+
+    A checkpoint that was saved before a pause or a rollback does not know of it. The state of the
+    pause itself is the newest one only if the run stayed there, or was killed on its way back: it
+    goes on from the pause again.
+
+    Args:
+        saved: State in the checkpoint.
+        rollbacks: State after each rollback of the guard.
+        pause: State at the last pause, if that was at the step of the checkpoint.
     """
     known = (saved or {}).get("rollbacks", 0)
+    if pause is not None and pause["rollbacks"] == known:
+        saved = pause
     if (saved or {}).get("paused") and len(rollbacks) == known + 1:
         return saved
     return rollbacks[-1] if len(rollbacks) > known else saved

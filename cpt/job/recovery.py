@@ -105,6 +105,7 @@ def roll_back(job: Job) -> None:
         InternalError: on all ranks: there is no checkpoint, or `train.max_rollbacks` is used up.
         CheckpointError: no checkpoint is sound.
     """
+    job.clock.enter("save", job.progress.step)
     publish(job)  # the save in flight may be the newest sound one
     started = time.perf_counter()
     progress, group = job.progress, job.topology.control_group

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NoReturn
 
 from cpt.checkpoint.save_in_progress import Published
@@ -35,16 +36,16 @@ def periodic_save(job: Job) -> None:
     Raises:
         RequeueRequested: a stop was asked for while training stood still for the save.
     """
-    publish(job)
     step = job.progress.step
-    job.clock.enter("save", step)
+    job.clock.enter("save", step)  # waiting for the save in flight takes as long as a save
+    publish(job)
     way = job.saver.way
     tell_begin(job, way)
     with told_failure(job, step):
         if way != "wait":
-            job.saver.start(step, job.state())
+            job.saver.start(step, job.state(), keep=is_green(job))
             return
-        log_checkpoint(job, job.saver.save_now(step, job.state()))
+        log_checkpoint(job, job.saver.save_now(step, job.state(), keep=is_green(job)))
     if agreed_reason(job.stop, job.topology.control_group):  # it came while all stood still
         leave(job)
 
@@ -55,11 +56,31 @@ def final_save(job: Job) -> None:
     Raises:
         StorageError: it could not be saved; older checkpoints are intact.
     """
-    publish(job)
-    job.clock.enter("save", job.progress.step)
-    tell_begin(job, "wait")
-    log_checkpoint(job, job.saver.save_now(job.progress.step, job.state()))
+    save_last(job, in_haste=False)
     job.saver.close()
+
+
+def save_last(job: Job, *, in_haste: bool) -> None:
+    """Save, and do not wait until older checkpoints are deleted.
+
+    Args:
+        job: The run.
+        in_haste: The time is limited; see `Saver.save_now`.
+
+    Raises:
+        StorageError: it could not be saved; older checkpoints are intact.
+    """
+    step = job.progress.step
+    job.clock.enter("save", step)  # waiting for the save in flight takes as long as a save
+    publish(job)
+    tell_begin(job, "wait")
+    done = job.saver.save_now(step, job.state(), keep=is_green(job), in_haste=in_haste)
+    log_checkpoint(job, done)
+
+
+def is_green(job: Job) -> bool:
+    """Return whether the checkpoint of the present step is the one to go back to."""
+    return job.guard is not None and job.guard.state.green_step == job.progress.step
 
 
 def leave(job: Job) -> NoReturn:
@@ -73,8 +94,9 @@ def leave(job: Job) -> NoReturn:
     job.stop.consume()
     seconds = job.stop.seconds_to_leave(job.config.checkpoint.stop_budget_seconds)
     deadline = Deadline(seconds, f"saving step {job.progress.step} before leaving")
-    final_save(job)
+    save_last(job, in_haste=True)
     deadline.cancel()
+    job.saver.close(deadline.seconds_left())  # a deletion may be cut off anywhere
     stopped = RequeueRequested(
         f"stopped on request after step {job.progress.step}: {reason}. Saved; start again to go on."
     )
@@ -105,7 +127,7 @@ def publish(job: Job, settled_ranks: int | None = None) -> None:
         job: The run.
         settled_ranks: How many ranks have done their part; None waits until it is published.
     """
-    with told_failure(job, job.progress.step):
+    with told_failure(job, job.saver.step_in_flight):
         if settled_ranks is None:
             done = job.saver.finish()
         else:
@@ -115,14 +137,17 @@ def publish(job: Job, settled_ranks: int | None = None) -> None:
 
 
 @contextmanager
-def told_failure(job: Job, step: int) -> Iterator[None]:
-    """Log a failed save and go on; the error was agreed on, so it is the same on all ranks."""
+def told_failure(job: Job, step: int | None) -> Iterator[None]:
+    """Log the failed save of a step and go on; the error was agreed on, so all ranks have it."""
     try:
         yield
     except StorageError as error:
         if job.topology.rank == 0:
-            log.error("no checkpoint was saved, training goes on (at step %d): %s", step, error)
+            log.error("the checkpoint of step %d was not saved, the run goes on: %s", step, error)
         job.telemetry.log({"event": "checkpoint_failed", "step": step, "reason": str(error)})
+        if job.guard is not None and job.guard.state.green_step == step:
+            # the one before is still the newest to go back to
+            job.guard.state = replace(job.guard.state, green_step=job.saver.kept)
 
 
 def tell_begin(job: Job, way: Way) -> None:

@@ -136,6 +136,7 @@ class Deadline:
             f"\n{what} took longer than {seconds:.0f} s; leaving now. "
             "Complete checkpoints are intact.\n"
         )
+        self._ends_at = time.monotonic() + seconds
         self._timer = threading.Timer(seconds, self._expire)
         self._timer.daemon = True
         self._timer.start()
@@ -143,6 +144,10 @@ class Deadline:
     def cancel(self) -> None:
         """Call the end off: the work was done in time."""
         self._timer.cancel()
+
+    def seconds_left(self) -> float:
+        """Return how long it is until the end, whether that was called off or not."""
+        return max(0.0, self._ends_at - time.monotonic())
 
     def _expire(self) -> None:
         with suppress(OSError):  # nobody may be there to read it

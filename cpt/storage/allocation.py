@@ -21,3 +21,13 @@ def page_locked_bytes(size: int) -> int:
     Read in CachingHostAllocator.h of torch 2.13; pytorch/pytorch#150517 is about it.
     """
     return 1 << (size - 1).bit_length() if size else 0
+
+
+def release_page_locked() -> None:
+    """Give page-locked memory that nothing holds any more back to the system.
+
+    torch keeps it for tensors to come.
+    """
+    # torch 2.11 has no public function for it; builds without a GPU have none at all.
+    if torch.cuda.is_available() and hasattr(torch._C, "_host_emptyCache"):
+        torch._C._host_emptyCache()

@@ -171,10 +171,24 @@ def xxh3_of(path: Path) -> str:
         return xxh3_of_open(file)
 
 
-def xxh3_of_open(file: IO[bytes]) -> str:
-    """Return the hex xxh3_128 of what is left to read in an open file."""
+AtChunk = Callable[[], object]
+"""Called for each chunk of a file that is hashed; what it raises ends the reading."""
+
+
+def no_call() -> None:
+    """Do nothing at a chunk."""
+
+
+def xxh3_of_open(file: IO[bytes], at_chunk: AtChunk = no_call) -> str:
+    """Return the hex xxh3_128 of what is left to read in an open file.
+
+    Args:
+        file: The file.
+        at_chunk: See `AtChunk`.
+    """
     digest = xxhash.xxh3_128()
     while chunk := file.read(_CHUNK_BYTES):
+        at_chunk()
         digest.update(chunk)
     return digest.hexdigest()
 

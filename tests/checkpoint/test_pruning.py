@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cpt.checkpoint import pruning
+from cpt.checkpoint.loading import set_newer_aside
 from cpt.checkpoint.manifest import MANIFEST
-from cpt.checkpoint.pruning import prune
+from cpt.checkpoint.pruning import Retention, prune
 from cpt.checkpoint.reader import list_steps, refusal_of, step_folder
+from cpt.config import CheckpointSection
 from tests.support.checkpoints import flip, write_checkpoint
 
 
@@ -105,3 +111,58 @@ def test_set_aside_ones_go_once_they_are_replaced(run_dir: Path) -> None:
     prune_to(run_dir, 40)
     left = {entry.name for entry in checkpoints.glob(".*")}
     assert left == {".superseded-step-00000060-2", ".tmp-step-00000070"}
+
+
+def test_an_interrupted_reading_deletes_nothing_and_the_next_publication_reads_again(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = threading.Event()
+
+    def read_for_ever(folder: Path, at_chunk: Callable[[], None]) -> None:
+        began.set()
+        while True:
+            at_chunk()
+            time.sleep(0.01)
+
+    kept = Retention(run_dir, CheckpointSection(keep_last=3))
+    with monkeypatch.context() as slow:
+        slow.setattr(pruning, "refusal_of", read_for_ever)
+        kept.note_published(40)
+        assert began.wait(60)
+        kept.interrupt()
+    assert list_steps(run_dir) == [40, 30, 20, 10]
+    kept.note_published(40)
+    kept.close()
+    assert list_steps(run_dir) == [40, 30, 20]
+
+
+def test_a_system_without_threads_is_a_warning(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    kept = Retention(run_dir, CheckpointSection())
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with caplog.at_level(logging.WARNING):
+        kept.note_published(40)
+        kept.close()
+    assert "older checkpoints are not deleted now: can't start new thread" in caplog.text
+    assert list_steps(run_dir) == [40, 30, 20, 10]
+
+
+def test_exports_of_steps_set_aside_outlive_their_checkpoints(run_dir: Path, caplog) -> None:
+    export = run_dir / "export" / "step-00000040"
+    for turn in ("first", "second"):
+        export.mkdir(parents=True)
+        (export / "model.safetensors").write_text(turn)
+        with caplog.at_level(logging.WARNING):
+            set_newer_aside(run_dir, 30, "30")
+        assert "its export is set aside as export/.superseded-step-00000040" in caplog.text
+        write_checkpoint(run_dir, 40)
+        prune_to(run_dir, 40)
+    assert not list((run_dir / "checkpoints").glob(".*")), "the run has come to step 40 again"
+    left = {path.name: path for path in (run_dir / "export").iterdir()}
+    assert left.keys() == {".superseded-step-00000040", ".superseded-step-00000040-2"}
+    texts = [(left[name] / "model.safetensors").read_text() for name in sorted(left)]
+    assert texts == ["first", "second"]

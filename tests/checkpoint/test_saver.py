@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cpt.checkpoint import own_part, saver, writer
+from cpt.checkpoint import own_part, pruning, saver, writer
 from cpt.checkpoint.flat_range import FlatRange
 from cpt.checkpoint.manifest import TensorRecord, read_manifest
 from cpt.checkpoint.reader import list_steps, read_weights, refusal_of, step_folder
@@ -64,7 +65,11 @@ def records_of(engine: Engine, topology: Topology) -> dict[str, TensorRecord]:
 
 @contextmanager
 def saver_of(
-    run_dir: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, async_save: Any
+    run_dir: Path,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    async_save: Any,
+    keep_last: int = 2,
 ) -> Iterator[Saver]:
     """Yield what saves a run of one process."""
     monkeypatch.setattr(saver, "stored_ranges", ranges_of)
@@ -80,7 +85,7 @@ def saver_of(
             device=torch.device("cpu"),
             control_group=dist.group.WORLD,
         )
-        section = CheckpointSection(interval_steps=1, async_save=async_save)
+        section = CheckpointSection(interval_steps=1, async_save=async_save, keep_last=keep_last)
         made = Saver(run_dir, engine, topology, section)
         yield made
         made.close()
@@ -206,3 +211,96 @@ def test_the_rank_whose_update_waited_longest_is_told(
         published = made.finish()
         assert published is not None and published.update_wait_seconds == 5.0
         assert published.blocked_seconds > 5.0
+
+
+def test_a_checkpoint_is_kept_until_another_that_is_to_be_kept_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(point: str, step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with saver_of(tmp_path, Engine(), monkeypatch, True) as made:
+        made.start(1, {}, keep=True)
+        made.finish()
+        for step in (2, 3, 4):
+            made.start(step, {})
+            made.finish()
+        made.close()
+        assert made.kept == 1 and list_steps(tmp_path) == [4, 3, 1]
+        with monkeypatch.context() as failing:
+            failing.setattr(writer, "fault_point", fail)
+            made.start(5, {}, keep=True)
+            assert made.step_in_flight == 5
+            with pytest.raises(StorageError, match="no space left"):
+                made.finish()
+        assert made.kept == 1 and made.step_in_flight is None
+        made.save_now(6, {})
+        made.close()
+        assert list_steps(tmp_path) == [6, 4, 1], "a save that failed takes no protection away"
+        made.save_now(7, {}, keep=True)
+        made.save_now(8, {})
+        made.close()
+        assert made.kept == 7 and list_steps(tmp_path) == [8, 7]
+
+
+def test_a_later_start_keeps_what_it_is_told_to_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with saver_of(tmp_path, Engine(), monkeypatch, False) as first:
+        first.save_now(1, {}, keep=True)
+        first.save_now(2, {})
+        first.save_now(3, {})
+    (tmp_path / "store").unlink(missing_ok=True)
+    with saver_of(tmp_path, Engine(), monkeypatch, False) as second:
+        second.trust(3)
+        second.keep(1)
+        second.save_now(4, {})
+        second.close()
+    assert list_steps(tmp_path) == [4, 3, 1]
+
+
+def test_a_system_without_threads_fails_the_save_and_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    engine = Engine()
+    with saver_of(tmp_path, engine, monkeypatch, "stream") as made:
+        with monkeypatch.context() as crowded:
+            crowded.setattr(threading.Thread, "start", refuse)
+            made.start(1, {})
+            assert made.own_part_is_settled()
+            engine.update()  # nobody reads the state, so it does not wait
+            with pytest.raises(StorageError, match="can't start new thread"):
+                made.advance(1)
+            made.save_now(2, {})
+            made.close()
+        assert list_steps(tmp_path) == [2]
+
+
+def test_a_save_in_haste_does_not_wait_until_an_older_checkpoint_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with saver_of(tmp_path, Engine(), monkeypatch, False) as first:
+        for step in (1, 2, 3):
+            first.save_now(step, {})
+    (tmp_path / "store").unlink(missing_ok=True)
+    reading = threading.Event()
+
+    def read_for_ever(folder: Path, at_chunk: Callable[[], None]) -> None:
+        reading.set()
+        while True:
+            at_chunk()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(pruning, "refusal_of", read_for_ever)
+    with saver_of(tmp_path, Engine(), monkeypatch, False, keep_last=3) as second:
+        second.trust(3)
+        second.save_now(4, {})
+        assert reading.wait(LONG)
+        saving = in_thread(lambda: second.save_now(5, {}, in_haste=True))
+        saving.join(LONG)
+        assert not saving.is_alive(), "it waits for a reading that does not end"
+        second.close()
+    assert list_steps(tmp_path) == [5, 4, 3], "three are known to be sound, so 2 goes unread"

@@ -42,7 +42,7 @@ WARNINGS = (
     "TensorBoard failed and is left out from now on",
     "metrics.jsonl cannot be written",
     "The scores of the guard at step 4 are not kept",
-    "no checkpoint was saved, training goes on (at step 4)",
+    "the checkpoint of step 4 was not saved, the run goes on",
     "report.html is not drawn",
 )
 """What the log tells, each once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,12 @@ from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.text_judge import TextJudge
 from cpt.job import guard_levers
 from cpt.job.guard_levers import go_on_after_pause
-from cpt.job.progress import newest_guard_state, read_guard_rollbacks
+from cpt.job.progress import (
+    newest_guard_state,
+    read_guard_pause,
+    read_guard_rollbacks,
+    write_guard_pause,
+)
 
 GREEN, PAUSED = 60, 100
 
@@ -46,7 +52,7 @@ STOPPED = GuardState(
 class FakeJob:
     """A run that starts from the checkpoint of a pause."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, in_checkpoint: GuardState) -> None:
         self.run_dir = run_dir
         self.config: Any = SimpleNamespace(guard=GuardSection())
         self.topology: Any = SimpleNamespace(rank=0, control_group=None)
@@ -58,7 +64,8 @@ class FakeJob:
         self.telemetry = SimpleNamespace(log=self.events.append)
         self.clock = SimpleNamespace(enter=lambda *_: None)
         self.engine = SimpleNamespace(deepspeed=None)
-        saved = newest_guard_state(STOPPED.to_json(), read_guard_rollbacks(run_dir))
+        pause = read_guard_pause(run_dir, PAUSED)
+        saved = newest_guard_state(in_checkpoint.to_json(), read_guard_rollbacks(run_dir), pause)
         self.guard.state = GuardState.from_json(saved)
 
     def restore(self, loaded: Any, *, accept_mix_change: bool) -> None:
@@ -83,8 +90,8 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def go_on(run_dir: Path) -> FakeJob:
-    job: Any = FakeJob(run_dir)
+def go_on(run_dir: Path, in_checkpoint: GuardState = STOPPED) -> FakeJob:
+    job: Any = FakeJob(run_dir, in_checkpoint)
     go_on_after_pause(job)
     return job  # type: ignore[no-any-return]
 
@@ -133,3 +140,32 @@ def test_kill_before_the_rollback_is_noted_only_repeats_it(
     job = go_on(run_dir)
     assert job.guard.state.rollbacks == len(read_guard_rollbacks(run_dir)) == 1
     assert list_steps(run_dir) == [GREEN]
+
+
+BEFORE_THE_LOOK = GuardState(
+    yardsticks={"text": {"english": {"0.5": [4.0]}}},
+    readings={"english": reading(80, "amber")},
+    green=False,
+    green_step=GREEN,
+)
+"""State in a checkpoint of the same step that was saved before the look which led to the pause."""
+
+
+def test_a_pause_counts_although_its_step_was_saved_before_it_was_measured(run_dir: Path) -> None:
+    write_guard_pause(run_dir, PAUSED, json.loads(json.dumps(STOPPED.to_json())))
+    job = go_on(run_dir, BEFORE_THE_LOOK)
+    state = job.guard.state
+    assert (job.progress.step, state.rollbacks, state.paused) == (GREEN, 1, "")
+    assert job.events[0]["reason"] == STOPPED.paused
+
+
+def test_a_pause_that_the_run_has_gone_on_after_counts_no_more(run_dir: Path) -> None:
+    write_guard_pause(run_dir, PAUSED, json.loads(json.dumps(STOPPED.to_json())))
+    go_on(run_dir, BEFORE_THE_LOOK)
+    assert list_steps(run_dir) == [GREEN]
+    # the run comes to the same step again, and its checkpoint knows of the rollback
+    (run_dir / "checkpoints" / f"step-{PAUSED:08d}").mkdir()
+    again = replace(BEFORE_THE_LOOK, rollbacks=1)
+    job = go_on(run_dir, again)
+    assert job.guard.state == again and not job.events
+    assert read_guard_pause(run_dir, GREEN) is None
