@@ -288,7 +288,7 @@ class Job:
             self.context.control_group,
             lambda: (read_guard_rollbacks(run_dir), read_guard_pause(run_dir, step)),
         )
-        newest = newest_guard_state(_dict(state.guard), rollbacks, pause)
+        newest = newest_guard_state(_dict(state.guard), rollbacks, pause, went_on=self.has_begun)
         self.guard.state = GuardState.from_json(newest)
         if self.guard.state.green_step is not None:
             self.saver.keep(self.guard.state.green_step)

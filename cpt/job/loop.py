@@ -93,8 +93,10 @@ def train(job: Job) -> bool:
                 leave(job)
             if job.next_stage != job.config.stage:
                 finish_stage(job, went_back=went_back)
-            if not went_back:  # the step gone back to was measured and saved when it was done
+            if not went_back:
                 do_due_work(job)
+            elif owes_look(job) and not measure(job, job.stop):
+                leave(job)
     job.stop.consume()
     final_save(job)
     if progress.step > 0:
@@ -209,6 +211,16 @@ def do_due_work(job: Job) -> None:
     if is_due(step, job.config.checkpoint.interval_steps) and is_sound:
         note_green(job)
         periodic_save(job)
+
+
+def owes_look(job: Job) -> bool:
+    """Return whether a run that has gone back to a step has to look at the model there.
+
+    The step was measured and saved when it was done, unless a stop cut off its look. Then the
+    checkpoint does not know of the look that the next start made.
+    """
+    step = job.progress.step
+    return step > 0 and job.guard is not None and job.guard.is_owed(step)
 
 
 def finish_stage(job: Job, *, went_back: bool) -> NoReturn:

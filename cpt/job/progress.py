@@ -111,6 +111,8 @@ def newest_guard_state(
     saved: dict[str, Any] | None,
     rollbacks: list[dict[str, Any]],
     pause: dict[str, Any] | None = None,
+    *,
+    went_on: bool = False,
 ) -> dict[str, Any] | None:
     """Return the guard's state of a checkpoint, or a later one at the same step.
 
@@ -122,8 +124,11 @@ def newest_guard_state(
         saved: State in the checkpoint.
         rollbacks: State after each rollback of the guard.
         pause: State at the last pause, if that was at the step of the checkpoint.
+        went_on: This start has gone on after a pause, if there was one, and trains.
     """
     known = (saved or {}).get("rollbacks", 0)
+    if went_on:
+        return rollbacks[-1] if len(rollbacks) > known else saved
     if pause is not None and pause["rollbacks"] == known:
         saved = pause
     if (saved or {}).get("paused") and len(rollbacks) == known + 1:

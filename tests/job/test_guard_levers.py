@@ -169,3 +169,15 @@ def test_a_pause_that_the_run_has_gone_on_after_counts_no_more(run_dir: Path) ->
     job = go_on(run_dir, again)
     assert job.guard.state == again and not job.events
     assert read_guard_pause(run_dir, GREEN) is None
+
+
+def test_a_run_that_went_on_where_it_paused_is_not_paused_by_its_checkpoint_again(
+    run_dir: Path,
+) -> None:
+    (run_dir / "checkpoints" / f"step-{GREEN:08d}").rmdir()
+    after = go_on(run_dir).guard.state.to_json()
+    stopped, rollbacks = STOPPED.to_json(), read_guard_rollbacks(run_dir)
+    assert newest_guard_state(stopped, rollbacks) == stopped, "it may have been killed before"
+    assert newest_guard_state(stopped, rollbacks, went_on=True) == json.loads(json.dumps(after))
+    unmeasured = BEFORE_THE_LOOK.to_json()
+    assert newest_guard_state(unmeasured, [], stopped, went_on=True) == unmeasured

@@ -9,7 +9,7 @@ import pytest
 
 from cpt.errors import ConfigError
 from cpt.job import loop
-from cpt.job.loop import train
+from cpt.job.loop import owes_look, train
 
 
 def test_guard_that_cannot_measure_is_refused_before_a_step() -> None:
@@ -57,3 +57,13 @@ def test_finished_run_that_was_killed_in_its_last_look_is_measured_at_the_next_s
     ending.has_failed_before = True  # what stands in metrics.jsonl is the kill
     assert not train(job)
     assert done == ["0, finished: step 9 of 9"]
+
+
+def test_run_that_goes_back_owes_only_the_look_that_a_stop_has_cut_off() -> None:
+    job: Any = SimpleNamespace(progress=SimpleNamespace(step=4), guard=None)
+    assert not owes_look(job)
+    job.guard = SimpleNamespace(is_owed=lambda step: step in (0, 4))
+    assert owes_look(job)
+    for step in (0, 6):  # the untouched model is measured once
+        job.progress.step = step
+        assert not owes_look(job)

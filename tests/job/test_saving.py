@@ -150,6 +150,7 @@ def test_a_later_start_keeps_the_green_checkpoint_from_deletion(
     job.run_dir = tmp_path
     job.context = SimpleNamespace(control_group=None)
     job.reweigh = lambda state: None
+    job.has_begun = False
     stored: Any = SimpleNamespace(guard=GuardState(green=False, green_step=10).to_json())
     Job._restore_guard(job, stored)
     assert job.saver.kept == job.guard.state.green_step == 10
