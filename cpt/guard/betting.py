@@ -43,6 +43,8 @@ BISECTIONS = 40
 """Halvings of the interval in which a bound lies."""
 POWER_QUANTILE = 1.2816
 """Standard normal quantile of the power that numbers of documents are chosen for: 90 %."""
+MOST_DOCUMENTS = 10**9
+"""More documents than can be held out: numbers that are larger, or infinite, count as this."""
 STATE_DIGITS = 6
 """Decimal digits that are kept of a logarithm of wealth."""
 
@@ -177,8 +179,11 @@ def documents_needed(line: float, loss: float, spread: float, threshold: float) 
         loss: Mean change in percent, above the line.
         spread: Standard deviation over documents, in percent.
         threshold: See `lower_bound`.
+
+    Returns:
+        The number; `MOST_DOCUMENTS` if no stake grows, because the loss is too near to the line.
     """
-    needed = math.inf
+    needed = float(MOST_DOCUMENTS)
     goal = math.log(threshold) + math.log(len(STAKES))  # one stake alone has to reach it
     for stake in STAKES / (LARGEST_GAIN + line):
         gain = 1 + stake * (loss - line)

@@ -125,6 +125,8 @@ def fresh_per_look(
 def alarm_documents(settings: GuardSection, name: str, num_tests: int) -> int:
     """Return how many documents prove a loss of the tolerance, with a probability of 90 %.
 
+    Where `act_at` is so near to 1 that none do, it is `MOST_DOCUMENTS`.
+
     Args:
         settings: The run's guard section.
         name: Name of the domain.

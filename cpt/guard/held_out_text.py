@@ -255,6 +255,7 @@ class HeldOutText(TextJudge):
                 num_panel=len(nats),
                 effective_panel=effective_documents(nats),
                 fresh_per_look=baseline.fresh_per_look,
+                num_looks=look.num_looks,
             )
         problems = tolerance_problems(look.settings, sizes, look.num_tests)
         if problems and acts(look.settings):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from cpt.config import DomainLimits, GuardSection
-from cpt.guard.betting import POWER_QUANTILE
+from cpt.guard.betting import MOST_DOCUMENTS, POWER_QUANTILE
 from cpt.guard.drawing import DOCUMENT_SPREAD_PERCENT, alarm_documents, fresh_per_look
 from cpt.guard.paired_test import CONFIDENCE
 from cpt.guard.student import student_quantile
@@ -117,6 +117,8 @@ class SampleSize:
     """Equally large documents that would say as much as the panel."""
     fresh_per_look: int
     """Documents that one look alone measures."""
+    num_looks: int
+    """Looks of the whole run."""
 
 
 def expected_size(
@@ -131,6 +133,7 @@ def expected_size(
         num_panel=num_panel,
         effective_panel=num_panel,
         fresh_per_look=fresh_per_look(settings, name, left, num_looks, num_domains),
+        num_looks=num_looks,
     )
 
 
@@ -147,17 +150,10 @@ def tolerance_problems(
     problems = []
     for name, size in sizes.items():
         needed = needed_documents(settings, name, size, num_tests)
-        if needed is not None:
-            tolerance, _ = settings.limits(name)
-            problems.append(
-                f"guard domain {name}: {size.num_panel} documents (as good as "
-                f"{size.effective_panel:.0f} equally large ones) do not show a loss of the "
-                f"tolerance, {tolerance:g} %, with a probability of 90 %. That takes about "
-                f"{needed:,}; {size.num_held_out:,} are held out. Hold out more (held_out_share in "
-                f"the mix), measure more (guard.max_documents), or set guard.tolerance_percent (or "
-                f"guard.domains.{name}.tolerance_percent) to "
-                f"{_least_tolerance(settings, name, size, num_tests)}."
-            )
+        if needed is None:
+            continue
+        describe = _too_near if needed >= MOST_DOCUMENTS else _too_few
+        problems.append(describe(settings, name, size, num_tests))
     return problems
 
 
@@ -191,7 +187,8 @@ def needed_documents(
 def kept_documents(settings: GuardSection, name: str) -> int:
     """Return the least n with line + (t + z) spread / sqrt(n) <= tolerance.
 
-    t is the quantile of Student's t of the upper bound, z the normal one of a power of 90 %.
+    t is the quantile of Student's t of the upper bound, z the normal one of a power of 90 %. A
+    number above `MOST_DOCUMENTS` counts as that.
     """
     tolerance, _ = settings.limits(name)
     margin = (1 - settings.act_at) * tolerance
@@ -199,12 +196,71 @@ def kept_documents(settings: GuardSection, name: str) -> int:
         margin = tolerance
     # the normal quantile is below that of Student's t, so this count is too small, if barely
     normal = -NormalDist().inv_cdf(1 - CONFIDENCE)
-    count = max(3, math.ceil(((normal + POWER_QUANTILE) * DOCUMENT_SPREAD_PERCENT / margin) ** 2))
+    least = ((normal + POWER_QUANTILE) * DOCUMENT_SPREAD_PERCENT / margin) ** 2
+    if least >= MOST_DOCUMENTS:
+        return MOST_DOCUMENTS
+    count = max(3, math.ceil(least))
     while True:
         quantile = student_quantile(1 - CONFIDENCE, count - 1)
         if (quantile + POWER_QUANTILE) * DOCUMENT_SPREAD_PERCENT / math.sqrt(count) <= margin:
             return count
         count += 1
+
+
+def _too_few(settings: GuardSection, name: str, size: SampleSize, num_tests: int) -> str:
+    """Return the sentence for a domain that has too few documents."""
+    tolerance, _ = settings.limits(name)
+    needed = needed_documents(settings, name, size, num_tests)
+    return (
+        f"guard domain {name}: {size.num_panel} documents (as good as "
+        f"{size.effective_panel:.0f} equally large ones) do not show a loss of the "
+        f"tolerance, {tolerance:g} %, with a probability of 90 %. That takes about "
+        f"{needed:,}; {size.num_held_out:,} are held out. Hold out more (held_out_share in "
+        f"the mix), measure more (guard.max_documents), or set guard.tolerance_percent (or "
+        f"guard.domains.{name}.tolerance_percent) to "
+        f"{_least_tolerance(settings, name, size, num_tests)}."
+    )
+
+
+def _too_near(settings: GuardSection, name: str, size: SampleSize, num_tests: int) -> str:
+    """Return the sentence for a domain whose line is too near to its tolerance for any number."""
+    tolerance, _ = settings.limits(name)
+    largest = _largest_act_at(settings, name, size, num_tests)
+    if largest:
+        cure = f"Set guard.act_at to {largest}"
+    else:
+        cure = "Lower guard.act_at and hold out more (held_out_share in the mix)"
+    wider = _least_tolerance(settings, name, size, num_tests)
+    if not wider.startswith("more"):
+        key = f"guard.domains.{name}.tolerance_percent"
+        cure += f", or guard.tolerance_percent (or {key}) to {wider}"
+    return (
+        f"guard domain {name}: no number of documents tells a loss of the tolerance, "
+        f"{tolerance:g} %, from one at the line where acting begins, "
+        f"{settings.act_at * tolerance:g} % (guard.act_at {settings.act_at:g} of it). {cure}."
+    )
+
+
+def _is_enough(settings: GuardSection, name: str, size: SampleSize, num_tests: int) -> bool:
+    """Return whether the documents would do under other settings, which draw anew."""
+    left = size.num_held_out - size.num_panel
+    num_domains = num_tests // size.num_looks
+    fresh = fresh_per_look(settings, name, left, size.num_looks, num_domains)
+    drawn = replace(size, fresh_per_look=fresh)
+    return needed_documents(settings, name, drawn, num_tests) is None
+
+
+def _largest_act_at(settings: GuardSection, name: str, size: SampleSize, num_tests: int) -> str:
+    """Return the largest `act_at`, in hundredths, that would do; empty if none would."""
+
+    def is_too_large(hundredths: int) -> bool:
+        lower = replace(settings, act_at=hundredths / 100)
+        return not _is_enough(lower, name, size, num_tests)
+
+    # a line further below the tolerance never needs more documents
+    candidates = range(1, 100)
+    place = bisect_left(candidates, True, key=is_too_large)
+    return f"{candidates[place - 1] / 100:g}" if place else ""
 
 
 def _least_tolerance(settings: GuardSection, name: str, size: SampleSize, num_tests: int) -> str:
@@ -213,7 +269,7 @@ def _least_tolerance(settings: GuardSection, name: str, size: SampleSize, num_te
     def is_enough(tenths: int) -> bool:
         limits = DomainLimits(tolerance_percent=tenths / 10, hard_limit_percent=MOST_TOLERANCE)
         wider = replace(settings, domains={**settings.domains, name: limits})
-        return needed_documents(wider, name, size, num_tests) is None
+        return _is_enough(wider, name, size, num_tests)
 
     # a larger tolerance never needs more documents; small ones take long to compute
     candidates = range(1, 10 * MOST_TOLERANCE)

@@ -60,6 +60,14 @@ def test_fresh_documents_that_would_show_nothing_are_not_drawn() -> None:
     assert fresh_per_look(none, "english", 10**6, 10, 4) == 0
 
 
+def test_line_on_the_tolerance_leaves_the_panel_alone() -> None:
+    """No number of documents proves a loss of the tolerance to be above such a line."""
+    for act_at in (0.998, 1.0):
+        settings = GuardSection(interval_steps=200, act_at=act_at)
+        drawing = draw(settings, "english", np.arange(20_000), num_looks=126, num_domains=4)
+        assert drawing.num_panel == 256 and drawing.fresh_per_look == 0
+
+
 def test_documents_of_one_cluster_are_not_fresh_twice() -> None:
     clusters = np.repeat(np.arange(1000), 50)
     drawing = draw(SETTINGS, "english", clusters, num_looks=126, num_domains=4)

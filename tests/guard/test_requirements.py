@@ -94,6 +94,50 @@ def test_refusal_names_a_number_of_documents_and_a_tolerance_that_would_do() -> 
     assert text_problems(slightly_wider, STEPS, {"english": 400}, is_measured=False)
 
 
+@pytest.mark.parametrize(
+    ("act_at", "tolerance"), [(1.0, 1.0), (0.998, 1.0), (0.5, 0.005), (0.5, 1e-9)]
+)
+def test_line_that_no_number_of_documents_tells_from_the_tolerance_is_refused_with_a_cure(
+    act_at: float, tolerance: float
+) -> None:
+    held_out: dict[str, int | None] = {"english": 10_000}
+    settings = guard_section(act_at=act_at, tolerance_percent=tolerance)
+    problem, last = text_problems(settings, STEPS, held_out, is_measured=False)
+    assert "english: no number of documents tells a loss of the tolerance" in problem
+    assert f"(guard.act_at {act_at:g} of it)" in problem and last == WARN_INSTEAD
+    lower = re.search(r"Set guard\.act_at to ([\d.]+)[.,]", problem)
+    wider = re.search(r"tolerance_percent\) to ([\d.]+)\.$", problem)
+    assert bool(lower) == (tolerance == 1) and bool(wider) == (act_at == 0.5)
+    if lower:
+        largest = float(lower[1])
+        cured = guard_section(act_at=largest, tolerance_percent=tolerance)
+        assert not text_problems(cured, STEPS, held_out, is_measured=False)
+        above = guard_section(act_at=largest + 0.01, tolerance_percent=tolerance)
+        assert text_problems(above, STEPS, held_out, is_measured=False)
+    if wider:
+        cured = guard_section(act_at=act_at, tolerance_percent=float(wider[1]))
+        cured = dataclasses.replace(cured, hard_limit_percent=100)
+        assert not text_problems(cured, STEPS, held_out, is_measured=False)
+
+
+def test_few_documents_at_a_line_on_the_tolerance_are_told_to_become_more() -> None:
+    settings = guard_section(act_at=1.0)
+    problem, _ = text_problems(settings, STEPS, {"english": 9}, is_measured=False)
+    assert problem.endswith("Lower guard.act_at and hold out more (held_out_share in the mix).")
+
+
+def test_tolerance_that_is_named_counts_the_fresh_documents_that_it_would_draw() -> None:
+    """At 0.1 % nothing is drawn fresh; at the tolerance that is named, the panel needs no more."""
+    settings = guard_section(tolerance_percent=0.1)
+    (problem, _) = text_problems(settings, STEPS, {"english": 5_000}, is_measured=False)
+    named = re.search(r"tolerance_percent\) to ([\d.]+)\.$", problem)
+    assert named
+    wider = guard_section(tolerance_percent=float(named[1]))
+    assert not text_problems(wider, STEPS, {"english": 5_000}, is_measured=False)
+    less = guard_section(tolerance_percent=float(named[1]) - 0.1)
+    assert text_problems(less, STEPS, {"english": 5_000}, is_measured=False)
+
+
 def test_many_held_out_documents_let_a_panel_of_the_default_size_do() -> None:
     settings = guard_section(tolerance_percent=1.0)
     assert not text_problems(settings, STEPS, {"english": 10_000}, is_measured=False)
