@@ -67,7 +67,8 @@ def audit(run_dir: Path) -> list[AuditedDecision]:
             "--run_dir."
         )
     judges = stored_judges(run_dir / "guard")
-    known_states = [_without_step(GuardState())]
+    # a run with `guard.baseline_model` may start from a model that is not green (`_note_start`)
+    known_states = [GuardState(), GuardState(green=False)]
     audited = []
     kinds = ("guard_rollback", "guard_decision")
     with show_progress(None, "audit", "decision") as bar:

@@ -145,7 +145,7 @@ class Guard:
         """Measure with every yardstick that is due, decide, and log it.
 
         All ranks call it together and get the same decision. At step 0 the scores become the
-        baselines, unless there are some (`keep_untouched`), and nothing follows from them.
+        baselines, unless there are some (`keep_untouched`), and no lever is pulled.
 
         Args:
             step: Optimizer steps done.
@@ -263,10 +263,20 @@ class Guard:
         )
         self.latest = outcome["lines"]
         self.decision = Decision(**outcome["decision"])
-        if look.step == 0:  # the untouched model has changed nothing
+        if look.step == 0:
+            self._note_start(outcome["after"])
             return
         self.state = GuardState.from_json(outcome["after"])
         telemetry.log({**outcome["event"], "scores": self._scores_name})
+
+    def _note_start(self, after: Json) -> None:
+        """Take from the look of step 0 whether the model that the run starts from is green.
+
+        It is, unless it is compared with another model: then it may have lost too much already, and
+        a checkpoint before the next look is not one to go back to. Nothing else follows.
+        """
+        if self._config.guard.baseline_model is not None:
+            self.state = replace(self.state, green=after["green"])
 
     def _outcome(self, look: Look, scores: Mapping[Kind, Json], limits: LeverLimits) -> Json:
         """Return what a look leads to, as JSON values.

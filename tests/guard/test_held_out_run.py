@@ -195,6 +195,26 @@ def test_measurement_apart_leaves_the_best_look_and_the_baseline_alone(
     assert not (other / "guard").joinpath("baseline.json").exists()
 
 
+@pytest.mark.parametrize(("loss", "is_green"), [(0.0, True), (8.0, False)])
+def test_start_that_has_lost_too_much_since_the_release_is_not_green(
+    run: Run, monkeypatch: pytest.MonkeyPatch, loss: float, is_green: bool
+) -> None:
+    monkeypatch.setattr(held_out_text, "untouched_weights", lambda *_: "release")
+    run.config.guard = replace(SETTINGS, baseline_model=Path("release"))
+    model: Any = run.model
+    assert run.guard.keep_untouched(model, None)
+    run.look(0, loss)
+    assert run.guard.state == GuardState(green=is_green)
+    run.look(1, 0.0)
+    assert run.guard.state.green
+    assert main(["guard", "audit", "--run_dir", str(run.run_dir)]) == 0
+
+
+def test_start_that_is_compared_with_itself_is_green(run: Run) -> None:
+    run.look(0, 8.0)
+    assert run.guard.state == GuardState()
+
+
 def test_documents_that_were_bet_on_are_not_bet_on_again(run: Run) -> None:
     """A larger interval on resumption repeats the numbers of looks."""
     run.look(0, 0.0)
