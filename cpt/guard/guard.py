@@ -400,6 +400,10 @@ def returned(
     if saved is not None:
         yardsticks = dict(saved.yardsticks)
         readings = saved.readings
+        for kind, judge in judges.items():
+            if kind in after.yardsticks:
+                lost = after.yardsticks[kind]
+                yardsticks[kind] = judge.returned(yardsticks.get(kind, {}), lost)
     else:
         yardsticks = dict(after.yardsticks)
         readings = after.readings

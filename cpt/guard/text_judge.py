@@ -9,8 +9,9 @@ too. A domain that is certainly worse than at its best look is no longer green, 
 makes it red: web text adapts first and is then forgotten, and bits per byte below the baseline
 would hide that.
 
-The number of a look decides its fresh documents. Another `guard.interval_steps` repeats numbers;
-documents that were bet on are not bet on again, so the panel takes their place.
+The number of a look decides its fresh documents. Another `guard.interval_steps` repeats numbers,
+and so does a return to an earlier checkpoint; documents that were bet on are not bet on again, so
+the panel takes their place.
 """
 
 from __future__ import annotations
@@ -93,6 +94,19 @@ class TextJudge:
                 after[name] = known
             elif USED in known:  # documents stay used, whatever was won or lost on them
                 after[name] = {USED: known[USED]}
+        return after
+
+    def returned(self, saved: Json, lost: Json) -> Json:
+        """Return the saved bets, with the documents used that were bet on since then.
+
+        They helped to prove the loss from which the run went back, so they would be more likely to
+        prove one again.
+        """
+        after = dict(saved)
+        for name, known in lost.items():
+            if USED in known:
+                before = saved.get(name, {})
+                after[name] = {**before, USED: max(known[USED], before.get(USED, 0))}
         return after
 
 

@@ -223,6 +223,15 @@ class Judge(Protocol):
         """
         ...
 
+    def returned(self, saved: Json, lost: Json) -> Json:
+        """Return the sequential state with which a run goes on from an earlier checkpoint.
+
+        Args:
+            saved: The state in that checkpoint.
+            lost: The state that the run has left.
+        """
+        ...
+
 
 class Yardstick(Judge, Protocol):
     """One way of measuring, over one or more domains. All ranks call its methods together."""

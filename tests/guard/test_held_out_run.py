@@ -93,14 +93,14 @@ class Run:
         self.run_dir = run_dir
         yardstick = HeldOutText(data, self.config, topology, run_dir, observe=observe)
         self.guard = Guard([yardstick], self.config, topology, run_dir)
-        self._telemetry = Telemetry(run_dir / "metrics.jsonl")
+        self.telemetry = Telemetry(run_dir / "metrics.jsonl")
 
     def look(self, step: int, loss_percent: float) -> str:
         """Measure after a step at which the model has lost so much; return the state."""
         self.model.loss_percent = loss_percent
         limits = LeverLimits(room=0.0)
         model: Any = self.model
-        decision = self.guard.measure(step, model, self._telemetry, replay=lambda: limits)
+        decision = self.guard.measure(step, model, self.telemetry, replay=lambda: limits)
         assert decision is not None
         (event,) = self.guard.latest["text"]
         return str(event["state"])
@@ -213,6 +213,27 @@ def test_start_that_has_lost_too_much_since_the_release_is_not_green(
 def test_start_that_is_compared_with_itself_is_green(run: Run) -> None:
     run.look(0, 8.0)
     assert run.guard.state == GuardState()
+
+
+def test_return_to_a_checkpoint_keeps_its_bets_and_not_its_documents(run: Run) -> None:
+    for step, loss in enumerate((0.0, 1.0, 1.0)):
+        run.look(step, loss)
+    saved = run.guard.state
+    bets = dict(saved.yardsticks["text"]["web"])
+    assert bets["used"] == 2 and len(bets) > 1
+    for step in (3, 4):
+        run.look(step, 1.0)
+    run.guard.return_to(2, run.guard.state, saved)
+    state = run.guard.state
+    assert state.yardsticks["text"]["web"] == {**bets, "used": 4}
+    event = {"event": "guard_rollback", "step": 2, "after": state.to_json()}
+    run.telemetry.log(event)
+    run.look(3, 1.0)  # by the panel alone: its fresh documents were bet on before the return
+    assert run.guard.state.yardsticks["text"]["web"] == {**bets, "used": 4}
+    run.look(5, 1.0)
+    after = run.guard.state.yardsticks["text"]["web"]
+    assert after["used"] == 5 and after != {**bets, "used": 5}
+    assert main(["guard", "audit", "--run_dir", str(run.run_dir)]) == 0
 
 
 def test_documents_that_were_bet_on_are_not_bet_on_again(run: Run) -> None:

@@ -145,6 +145,10 @@ class GenerationJudge:
                 after[name] = {**after[name], "before": {}, "after": {}}
         return after
 
+    def returned(self, saved: Json, lost: Json) -> Json:
+        """Return the saved state: the prompts of the looks after it are asked again."""
+        return saved
+
 
 def _known_statistics(stored: Json, look: int, pass_number: int) -> dict[str, list[float]]:
     """Return the statistics that the prompts of a look are added to.

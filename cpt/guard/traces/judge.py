@@ -143,6 +143,10 @@ class TraceJudge:
         """Return the state unchanged: readings depend on the present divergences alone."""
         return state
 
+    def returned(self, saved: Json, lost: Json) -> Json:
+        """Return the saved state, which is empty."""
+        return saved
+
 
 def _parts(plain: Json, look: Look) -> dict[str, PartReading]:
     """Return the readings of the parts of a domain that have values."""
