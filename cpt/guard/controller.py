@@ -22,7 +22,8 @@ right on average in both directions; the bounds only permit:
 
 Proven loss ("red") drives the rest, as on the ladder (cpt/guard/ladder.py). The learning rate falls
 if a domain stays over its hard limit without recovering, or is over its tolerance with no replay
-left, and rises back to the schedule after `SETTLED_LOOKS` green looks below the set point. The run
+left, and rises back to the schedule after `SETTLED_LOOKS` looks at which the newest readings of all
+domains, measured at the look or before, were green and below the set point. The run
 pauses when a domain that is over its tolerance has no lever left and does not recover.
 
 PI control of a constraint in place of dual ascent: Sohrabi et al. 2024, arXiv 2406.04558. The
@@ -267,7 +268,7 @@ def _answer_proven_loss(
     state = _count_stuck(state, look, beyond, helped={*recovering, *_raised(raised)})
     too_far = []
     for one in beyond:
-        is_lasting = state.hard > 1 and one.domain not in recovering
+        is_lasting = state.hard.get(one.domain, 0) > 1 and one.domain not in recovering
         if one.above(one.hard_limit) and (is_lasting or one.delta is None):
             too_far.append(one.domain)
     without_replay = [one.domain for one in beyond if not _has_replay_left(one.domain, state, look)]
@@ -280,13 +281,18 @@ def _answer_proven_loss(
                 state, lr_scale=lr_scale, idle=0, stuck={}, best={}, settled=0
             )
             return state, dict.fromkeys(slowed_for, "lower_lr")
-    wait = settings.pause_after
-    if state.hard >= settings.pause_after:
-        wait = min(wait, settings.patience)
-    paused_for = [name for name in without_replay if state.stuck[name] >= wait]
+    paused_for = [name for name in without_replay if _has_waited(name, state, settings)]
     if paused_for:
         return state, dict.fromkeys(paused_for, "pause")
     return _raise_rate(state, look)
+
+
+def _has_waited(domain: str, state: GuardState, settings: GuardSection) -> bool:
+    """Return whether a domain without a lever has not recovered for so long that the run pauses."""
+    wait = settings.pause_after
+    if state.hard.get(domain, 0) >= settings.pause_after:
+        wait = min(wait, settings.patience)
+    return state.stuck[domain] >= wait
 
 
 def _raised(actions: Mapping[str, str]) -> list[str]:
@@ -346,7 +352,7 @@ def _has_replay_left(domain: str, state: GuardState, look: _Look) -> bool:
 def _raise_rate(state: GuardState, look: _Look) -> tuple[GuardState, dict[str, str]]:
     """Bring the learning rate back towards the schedule's after enough looks of peace."""
     settings = look.settings
-    is_low = all(state.smoothed.get(one.domain, 0.0) < settings.set_point for one in look.measured)
+    is_low = all(_newest_loss(one, state) < settings.set_point for one in look.evidence)
     is_calm = look.is_green and is_low and not look.limits.is_warming_up
     settled = state.settled + 1 if is_calm else 0
     if settled < SETTLED_LOOKS or state.lr_scale >= 1:
@@ -354,6 +360,13 @@ def _raise_rate(state: GuardState, look: _Look) -> tuple[GuardState, dict[str, s
     lr_scale = min(1.0, state.lr_scale / settings.lr_factor)
     state = dataclasses.replace(state, lr_scale=lr_scale, settled=0)
     return state, {one.domain: "raise_lr" for one in look.measured}
+
+
+def _newest_loss(one: Evidence, state: GuardState) -> float:
+    """Return the loss of a domain in tolerances, smoothed if this run has looked at it before."""
+    if one.domain in state.smoothed:
+        return state.smoothed[one.domain]
+    return LARGEST_LOSS if one.delta is None else one.delta / one.tolerance
 
 
 def _kl_weight(state: GuardState, limits: LeverLimits) -> float | None:

@@ -11,7 +11,7 @@ Because it is pure, `cpt guard audit` can make every decision again. The rungs, 
     lower_lr      It is over the hard limit. Or it is over the tolerance, no replay is left to
                   raise, and `patience` measurements have passed since a lever was pulled.
     pause         It is over the tolerance with no lever left, and `pause_after` measurements have
-                  passed since the last lever was pulled, or `patience` if the hard limit was
+                  passed since the last lever was pulled, or `patience` if its hard limit was
                   exceeded `pause_after` times in a row. The run saves and exits with 75.
     rollback      The start after a pause: the run goes on from the last checkpoint saved while all
                   was green, with more replay.
@@ -20,6 +20,9 @@ A domain is over its line when its reading is red: the loss that is certain
 (`Reading.lower_bound`) is above `act_at` times its tolerance, so that acting begins before the
 tolerance is used up. Own traces are over it from the tolerance on. A raise is given one
 measurement to show before the next, unless the domain is over its tolerance.
+
+Domains may be due at different looks, so what is counted is counted for each of them, over the
+looks that measured it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from cpt.config import GuardSection
 from cpt.guard.lever_limits import LeverLimits
@@ -64,8 +68,8 @@ class GuardState(Plain):
     """Factor on the learning rate."""
     over: Mapping[str, int] = field(default_factory=dict)
     """Measurements in a row that found a domain over its line, by domain."""
-    hard: int = 0
-    """Measurements in a row that found some domain over its hard limit."""
+    hard: Mapping[str, int] = field(default_factory=dict)
+    """Measurements in a row that found a domain over its hard limit, by domain."""
     idle: int = 1
     """Measurements since a lever was pulled."""
     green: bool = True
@@ -101,6 +105,14 @@ class GuardState(Plain):
     planned: Mapping[str, float] = field(default_factory=dict)
     """Share that the schedule of the mix planned for each replayed source where `shares`, `replay`
     and `asked` were last looked at (cpt/guard/plan_shift.py); empty without a schedule."""
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any] | None) -> Self:
+        """Read the output of `to_json`, also as older versions wrote it."""
+        values = dict(plain or {})
+        if isinstance(values.get("hard"), int):
+            values["hard"] = _hard_by_domain(values)
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,18 +183,21 @@ def observed(state: GuardState, evidence: Sequence[Evidence]) -> tuple[GuardStat
         The state with its counts, and by domain a warning if it was measured and is over its line.
     """
     over: dict[str, int] = {}
+    hard: dict[str, int] = {}
     actions: dict[str, str] = {}
     for one in evidence:
         actions[one.domain] = "none"
         if one.age_steps:  # it was not measured at this look
             if one.domain in state.over:
                 over[one.domain] = state.over[one.domain]
+            if one.domain in state.hard:
+                hard[one.domain] = state.hard[one.domain]
             continue
         if one.state == "red":
             over[one.domain] = state.over.get(one.domain, 0) + 1
             actions[one.domain] = "warn"
-    measured = [one for one in evidence if not one.age_steps]
-    hard = state.hard + 1 if any(map(_above_hard_limit, measured)) else 0
+        if _above_hard_limit(one):
+            hard[one.domain] = state.hard.get(one.domain, 0) + 1
     green = all(one.state == "green" for one in evidence)
     state = dataclasses.replace(state, over=over, hard=hard, idle=state.idle + 1, green=green)
     return state, actions
@@ -237,10 +252,14 @@ def _pull(
         pulled |= dict.fromkeys(slowed_for, "lower_lr")
     if pulled:
         return state, pulled
-    wait = settings.patience if state.hard >= settings.pause_after else settings.pause_after
-    if state.idle < wait:
-        return state, {}
-    return state, dict.fromkeys(beyond, "pause")
+    paused_for = [domain for domain in beyond if _has_waited(domain, state, settings)]
+    return state, dict.fromkeys(paused_for, "pause")
+
+
+def _has_waited(domain: str, state: GuardState, settings: GuardSection) -> bool:
+    """Return whether a domain has been without a lever for so long that the run pauses for it."""
+    is_hard = state.hard.get(domain, 0) >= settings.pause_after
+    return state.idle >= (settings.patience if is_hard else settings.pause_after)
 
 
 def after_pause(
@@ -262,7 +281,7 @@ def after_pause(
         state,
         shares={**state.shares, **raised},
         over={},
-        hard=0,
+        hard={},
         idle=0,
         green=False,
         paused="",
@@ -295,8 +314,26 @@ def raised_shares(
     return {domain: present[domain] + part * more for domain, more in growth.items()}
 
 
-def _above_hard_limit(evidence: Evidence) -> bool:
-    return evidence.above(evidence.hard_limit)
+def _above_hard_limit(reading: Reading) -> bool:
+    return reading.above(reading.hard_limit)
+
+
+def _hard_by_domain(plain: Mapping[str, Any]) -> dict[str, int]:
+    """Return the counts of domains from a state that has one count for all of them together.
+
+    A domain can have been counted only if its newest reading is over its hard limit, and for no
+    longer than it has been over its line. Before 0.2 the state had no readings.
+
+    Args:
+        plain: The state as it was written.
+    """
+    counts = {}
+    for domain, looks in plain.get("over", {}).items():
+        stored = plain.get("readings", {}).get(domain)
+        is_hard = stored is None or _above_hard_limit(Reading.from_json(stored))
+        if plain["hard"] and is_hard:
+            counts[domain] = min(plain["hard"], looks)
+    return counts
 
 
 def _reasons(evidence: Sequence[Evidence], actions: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from cpt.cli import main
 from cpt.config import GuardSection
-from cpt.guard.audit import audit
+from cpt.guard.audit import OLD_COUNTS, audit
 from cpt.guard.baseline import BASELINE_FILE, DomainBaseline
 from cpt.guard.decision import decide
 from cpt.guard.guard import decision_event, judged, restarted
@@ -57,8 +57,10 @@ def run_dir(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return make_run(tmp_path, request.param)
 
 
-def make_run(tmp_path: Path, controller: Literal["two_way", "ladder"]) -> Path:
-    settings = replace(SETTINGS, controller=controller)
+def make_run(
+    tmp_path: Path, controller: Literal["two_way", "ladder"], hard_limit_percent: float = 5.0
+) -> Path:
+    settings = replace(SETTINGS, controller=controller, hard_limit_percent=hard_limit_percent)
     folder = tmp_path / "guard"
     folder.mkdir()
     generator = np.random.default_rng(1)
@@ -192,6 +194,7 @@ def test_decisions_before_the_three_states_are_made_again_from_their_bounds(
         for state in (event["before"], event["after"]):
             for name in state.keys() - OLD_STATE:
                 del state[name]
+            state["hard"] = max(state["hard"].values(), default=0)
         del event["limits"], event["settings"]["controller"]
         event["before"]["green"] = event["before"]["over"] == {}
         event["after"]["green"] = event["after"]["over"] == {}
@@ -202,6 +205,23 @@ def test_decisions_before_the_three_states_are_made_again_from_their_bounds(
     assert [one.problems for one in audit(run_dir)] == [[], [], []]
     assert run_audit(run_dir) == 0
     assert "the scores of 3 are gone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("controller", ["two_way", "ladder"])
+def test_log_that_counts_the_hard_limit_for_all_domains_together_agrees(
+    tmp_path: Path, controller: Literal["two_way", "ladder"]
+) -> None:
+    run_dir = make_run(tmp_path, controller, hard_limit_percent=1.0)
+    events = read_jsonl(run_dir / "metrics.jsonl")
+    for event in events:
+        for state in (event["before"], event["after"]):
+            state["hard"] = max(state["hard"].values(), default=0)
+    assert [event["after"]["hard"] for event in events] == [0, 1, 2]
+    write_jsonl(run_dir / "metrics.jsonl", events)
+    assert [one.problems for one in audit(run_dir)] == [[], [], []]
+    edit(run_dir, 2, after={**events[2]["after"], "hard": 5})
+    (problem,) = audit(run_dir)[2].problems
+    assert problem.startswith("hard became") and problem.endswith(OLD_COUNTS)
 
 
 def test_directory_without_decisions_is_refused(

@@ -236,6 +236,41 @@ def test_loss_that_stays_over_the_hard_limit_lowers_the_rate_beside_replay() -> 
     assert state.lr_scale == 0.5 and state.replay["en_web"] > START["en_web"]
 
 
+def test_loss_of_replies_over_the_hard_limit_is_lasting_at_the_second_look_that_measures_them() -> (
+    None
+):
+    state = GuardState()
+    actions = []
+    for number in range(6):
+        evidence = [reading("chat", 7.0, age_steps=number % 5), reading("english", 0.6)]
+        state, decision = decide(state, evidence, SETTINGS, limits(state))
+        actions.append(decision.actions["chat"])
+    assert actions == ["raise_replay", *["none"] * 4, "lower_lr"]
+
+
+def test_loss_of_another_domain_at_the_look_before_does_not_make_a_first_one_lasting() -> None:
+    state, _ = look(GuardState(), {"english": 7.0})
+    state, decision = look(state, {"code": 7.0})
+    assert decision.actions["code"] == "raise_replay" and state.lr_scale == 1
+    assert state.hard == {"code": 1}
+
+
+@pytest.mark.parametrize("is_smoothed", [True, False])
+def test_rate_stays_low_while_an_older_green_reading_is_not_below_the_set_point(
+    is_smoothed: bool,
+) -> None:
+    for loss, scale in ((0.69, 0.25), (0.3, 1.0)):
+        state = dataclasses.replace(GuardState(), lr_scale=0.25)
+        if is_smoothed:
+            state, _ = look(state, {"english": 0.3, "code": 0.3, "chat": loss})
+        for _ in range(2 * SETTLED_LOOKS):
+            evidence = [reading(domain, 0.3) for domain in ("english", "code")]
+            evidence.append(reading("chat", loss, age_steps=10))
+            assert evidence[-1].state == "green"
+            state, _ = decide(state, evidence, SETTINGS, limits(state))
+        assert state.lr_scale == scale
+
+
 def test_rate_rises_again_after_enough_green_looks() -> None:
     state = dataclasses.replace(GuardState(), lr_scale=0.25)
     scales = []

@@ -73,7 +73,7 @@ def test_domain_that_was_not_measured_keeps_its_count_and_pulls_no_lever() -> No
     old = english(6.0, age_steps=10)
     after, decision = decide(state, [old], SETTINGS, replay_room=0.5)
     assert actions(decisions) == ["warn"] and decision.action == "none"
-    assert (after.over, after.hard, after.green) == ({"english": 1}, 0, False)
+    assert (after.over, after.hard, after.green) == ({"english": 1}, {}, False)
     _, decision = decide(after, [english(0.6)], SETTINGS, replay_room=0.5)
     assert decision.action == "raise_replay"
 
@@ -171,9 +171,45 @@ def test_loss_over_the_hard_limit_pulls_two_levers_at_once_and_pauses_sooner() -
     assert "pause" not in actions(climb([6.0, 6.0, 6.0, 2.0, 6.0], share=None)[1])
 
 
+def test_looks_over_the_hard_limit_are_counted_for_each_domain_over_those_that_measured_it() -> (
+    None
+):
+    state = GuardState()
+    counts = []
+    for look in range(12):
+        replies = dataclasses.replace(english(6.0, age_steps=look % 4), domain="replies")
+        text = english(6.0 if look % 2 else 0.0, None)
+        state, _ = decide(state, [replies, text], SETTINGS, replay_room=0.0)
+        counts.append(state.hard)
+    assert [count.get("replies") for count in counts] == [1] * 4 + [2] * 4 + [3] * 4
+    assert [count.get("english") for count in counts] == [None, 1] * 6
+
+
+def test_only_a_domain_that_was_itself_over_the_hard_limit_pauses_sooner() -> None:
+    state = GuardState(lr_scale=SETTINGS.min_lr_scale, hard={"code": 3}, idle=SETTINGS.patience - 1)
+    code = dataclasses.replace(english(6.0, None), domain="code")
+    evidence = [code, english(1.5, None)]
+    _, decision = decide(state, evidence, SETTINGS, replay_room=0.0)
+    assert decision.actions == {"code": "pause", "english": "warn"}
+
+
+def test_count_of_all_domains_together_is_read_as_those_of_the_domains_over_their_limit() -> None:
+    readings = {"english": english(6.0).reading(), "code": english(0.7).reading()}
+    old = {
+        **GuardState().to_json(),
+        "hard": 3,
+        "over": {"english": 2, "code": 4},
+        "readings": {name: reading.to_json() for name, reading in readings.items()},
+    }
+    assert GuardState.from_json(old).hard == {"english": 2}
+    del old["readings"]  # before 0.2
+    assert GuardState.from_json(old).hard == {"english": 2, "code": 3}
+    assert GuardState.from_json({**old, "hard": 0}).hard == {}
+
+
 def test_score_that_is_not_a_number_is_over_every_line() -> None:
     state, decisions = climb([None])
-    assert actions(decisions) == ["lower_lr"] and state.shares and state.hard == 1
+    assert actions(decisions) == ["lower_lr"] and state.shares and state.hard == {"english": 1}
     assert "not a number" in decisions[0].reason
 
 
@@ -193,7 +229,7 @@ def test_after_a_pause_what_suffered_gets_more_replay_and_counts_begin_anew() ->
         paused, [english(None, paused.shares["english"])], SETTINGS, replay_room=0.5
     )
     assert state.shares["english"] > paused.shares["english"] and not state.paused
-    assert (state.over, state.hard, state.idle, state.rollbacks) == ({}, 0, 0, 1)
+    assert (state.over, state.hard, state.idle, state.rollbacks) == ({}, {}, 0, 1)
 
 
 def test_domain_has_limits_of_its_own() -> None:
