@@ -199,10 +199,16 @@ class ReplayShares:
         _go_back(weights, planned, lost, least, 1.0)
 
     def _known(self, replay: Mapping[str, float]) -> dict[str, float]:
-        """Return the shares of those sources that the mix still has and that do not give."""
+        """Return the shares of those sources that the mix still has and that do not give.
+
+        A source that an edit of the mix has retired with weight 0 is trained on only if it still
+        serves a domain.
+        """
+        serving = {name for names in self._serving.values() for name in names}
         known = {}
         for name, share in replay.items():
-            if name in self._configured and name not in self._givers:
+            may_train = self._configured.get(name, 0.0) > 0 or name in serving
+            if may_train and name not in self._givers:
                 known[name] = share
         return known
 

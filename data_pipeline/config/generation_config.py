@@ -42,8 +42,8 @@ class GenerationDomain:
     """JSONL file, relative to the YAML file: one `{"prompt", "answer"}` a line. `answer` is a text,
     a number or a list of them, and may be left out."""
     sources: tuple[str, ...] = ()
-    """Sources of the mix whose replay helps this domain; without them, the learning rate, the pause
-    and the rollback remain."""
+    """Sources of the mix whose replay helps this domain, also those of weight 0; without them, the
+    learning rate, the pause and the rollback remain."""
     effort: Literal["low", "medium", "high"] = "medium"
     """Reasoning effort that the system message names."""
     max_new_tokens: int = 1024

@@ -1,7 +1,8 @@
 """The data mix as dataclasses: its keys, and the rules within each section.
 
 Decisions
-    A weight of 0 is allowed: such a source is built, and can be measured, but is never trained on.
+    A weight of 0 is allowed: such a source is built, and can be measured, but is not trained on,
+    unless a phase gives it a weight or the guard is told by its name that it may replay it.
     Rules that span sections are in `mix_checks`; `mix_file` reads a file and applies both.
 """
 
@@ -38,7 +39,7 @@ class GuardDomain:
     """Label of the text, as for a source."""
     sources: tuple[str, ...] = ()
     """Names of sources whose held-out documents form the domain; each needs a `held_out_share`
-    above 0."""
+    above 0. The guard replays them for the domain, but for those that the mix never trains on."""
     path: str | tuple[str, ...] | None = None
     """Instead of `sources`: files, relative to the YAML file, that are measured as a whole and
     never trained on."""
@@ -49,8 +50,8 @@ class GuardDomain:
     ignored_keys: tuple[str, ...] = ()
     """Keys of conversations in the files of `path` that may be dropped, as for a source."""
     served_by: tuple[str, ...] = ()
-    """Names of sources that the guard replays for a domain with a `path`; without them replay
-    cannot help it. A domain with `sources` is served by these."""
+    """Names of sources that the guard replays for a domain with a `path`, also those of weight 0;
+    without them replay cannot help it. A domain with `sources` is served by these."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for each broken rule within one domain."""
@@ -207,11 +208,25 @@ class MixConfig:
             if source.held_out_share > 0
         )
 
+    def trained_sources(self) -> set[str]:
+        """Return the sources that the mix or one of its phases trains on."""
+        trained = {source.name for source in self.sources if source.is_trained}
+        for phase in self.schedule:
+            for weights in (phase.weights, phase.to):
+                trained |= {name for name, weight in weights.items() if weight > 0}
+        return trained
+
     def serving_sources(self) -> dict[str, tuple[str, ...]]:
-        """Return the sources that the guard replays for each of its domains, by domain."""
-        serving = {
-            domain.name: domain.served_by or domain.sources for domain in self.guard_domains()
-        }
+        """Return the sources that the guard replays for each of its domains, by domain.
+
+        A source that the mix never trains on serves a domain only if that names it in `served_by`
+        or in the `sources` of its prompts; that its documents are measured does not allow it.
+        """
+        trained = self.trained_sources()
+        serving = {}
+        for domain in self.guard_domains():
+            replayed = [name for name in domain.sources if name in trained]
+            serving[domain.name] = domain.served_by or tuple(replayed)
         for asked in self.guard.generation:
             serving[asked.name] = asked.sources
         for traced in self.guard.traces:

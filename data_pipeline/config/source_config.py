@@ -214,7 +214,8 @@ class SourceConfig:
     """Refused with the reason: gpt-oss's vocabulary (o200k_harmony) has no tokens for it."""
     weight: float = 0.0
     """Share of the predicted tokens, 0 to 1; all weights sum to 1. Every source gives this or
-    `epochs`, and 0 means that it is never trained on."""
+    `epochs`, and 0 means that it is never trained on, unless a phase gives it a weight or a guard
+    domain names it in `served_by` or among the sources of its prompts."""
     epochs: float | None = None
     """Instead of `weight`, in all sources of the mix: how often the source is read over the run,
     above 0. Its weight follows from the learned tokens of the build."""

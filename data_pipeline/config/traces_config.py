@@ -29,8 +29,8 @@ class TraceDomain:
     """JSONL file, relative to the YAML file: one `{"prompt": "..."}` a line. A file of
     `guard.generation` can be named, too; its answers are not read."""
     sources: tuple[str, ...] = ()
-    """Sources of the mix whose replay helps this domain; without them, the learning rate, the pause
-    and the rollback remain."""
+    """Sources of the mix whose replay helps this domain, also those of weight 0; without them, the
+    learning rate, the pause and the rollback remain."""
     effort: Literal["low", "medium", "high"] = "medium"
     """Reasoning effort that the system message names."""
     num_traces: int = 500

@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpt.config import GuardSection
+from cpt.guard.decision import decide
 from cpt.guard.ladder import GuardState
 from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.replay_share import EPOCH_MARGIN, ReplayShares
+from cpt.guard.yardstick import Evidence, Reading
+from data_pipeline.config.mix_config import GuardConfig, GuardDomain, MixConfig
+from data_pipeline.config.schedule_config import SchedulePhase
+from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.config.traces_config import TraceDomain
 
 WEIGHTS = {"ja_web": 0.6, "ja_books": 0.1, "en_web": 0.2, "code": 0.1}
 LANGUAGES = {"ja_web": "ja", "ja_books": "ja", "en_web": "en", "code": "code"}
@@ -86,6 +93,85 @@ def test_main_language_gives_what_replay_gains_in_proportion_to_its_sources() ->
     expected = {"ja_web": 0.48, "ja_books": 0.08, "en_web": 0.34, "code": 0.1}
     assert shares_of().weights(GuardState(shares={"english": 0.34})) == pytest.approx(expected)
     assert shares_of().weights(GuardState(replay={"en_web": 0.34})) == pytest.approx(expected)
+
+
+def mix_with_a_source_that_is_only_measured(
+    *, phase_weight: float = 0.0, traces: tuple[str, ...] = ()
+) -> MixConfig:
+    """Return a mix with a held-out English source of weight 0.
+
+    Args:
+        phase_weight: Its weight in a later phase.
+        traces: Sources that serve a domain of own traces.
+    """
+    sources = []
+    for name, weight in {**WEIGHTS, "licensed": 0.0}.items():
+        language = LANGUAGES.get(name, "en")
+        sources.append(SourceConfig(name=name, language=language, domain="web", weight=weight))
+    later = {**WEIGHTS, "ja_web": 0.6 - phase_weight, "licensed": phase_weight}
+    phase = SchedulePhase(name="last", share="rest", weights=later)
+    domains = (
+        GuardDomain(name="english", language="en", sources=("en_web", "licensed")),
+        GuardDomain(name="other", language="en", sources=("licensed",)),
+    )
+    own = TraceDomain(name="math", language="en", path="math.jsonl", sources=traces)
+    return MixConfig(
+        seq_len=ROW_TOKENS,
+        seed=1,
+        sources=tuple(sources),
+        schedule=(phase,) if phase_weight else (),
+        guard=GuardConfig(domains=domains, traces=(own,)),
+    )
+
+
+def shares_of_mix(mix: MixConfig) -> ReplayShares:
+    data: Any = SimpleNamespace(
+        source_names=tuple(source.name for source in mix.sources),
+        row_tokens=lambda _: np.full(NUM_ROWS, ROW_TOKENS),
+        seq_len=ROW_TOKENS,
+    )
+    return ReplayShares(mix, data, 0.75)
+
+
+@pytest.mark.parametrize("controller", ["two_way", "ladder"])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_source_of_weight_0_is_replayed_only_for_a_domain_that_names_it_for_that(
+    controller: Any, is_named: bool
+) -> None:
+    traces = ("licensed",) if is_named else ("code",)
+    shares = shares_of_mix(mix_with_a_source_that_is_only_measured(traces=traces))
+    position = SimpleNamespace(drawn_rows=[0] * 5)
+    mixture: Any = SimpleNamespace(position=lambda batch, batch_size: position)
+    settings = GuardSection(interval_steps=10, controller=controller)
+    state = GuardState()
+    for _ in range(8):
+        limits = shares.limits(state, ["english", "other", "math"], mixture, 0, 100, 1)
+        evidence = []
+        for name in ("english", "other", "math"):
+            share, largest = limits.shares[name]
+            reading = Reading(
+                domain=name, state="red", delta=3.0, lower_bound=3.0, tolerance=1.0, hard_limit=5.0
+            )
+            evidence.append(Evidence.of(reading, 0, share, largest))
+        state, _ = decide(state, evidence, settings, limits)
+    weights = shares.weights(state)
+    assert weights["en_web"] > WEIGHTS["en_web"]
+    assert (weights["licensed"] > 0) == is_named
+    assert limits.served_by["english"] == ("en_web",) and limits.served_by["other"] == ()
+    assert limits.shares["other"] == (None, 1.0)
+
+
+def test_source_that_only_a_later_phase_draws_is_replayed() -> None:
+    mix = mix_with_a_source_that_is_only_measured(phase_weight=0.1)
+    assert mix.serving_sources()["english"] == ("en_web", "licensed")
+
+
+def test_source_that_was_replayed_and_is_then_retired_is_no_longer_trained_on() -> None:
+    shares = shares_of_mix(mix_with_a_source_that_is_only_measured())
+    weights = shares.weights(GuardState(replay={"licensed": 0.1, "en_web": 0.3}))
+    assert weights["licensed"] == 0 and weights["en_web"] == pytest.approx(0.3)
+    weights = shares.weights(GuardState(shares={"other": 0.1}))
+    assert weights == pytest.approx({**WEIGHTS, "licensed": 0.0})
 
 
 def test_main_language_takes_what_replay_loses() -> None:
