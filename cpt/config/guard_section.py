@@ -46,8 +46,10 @@ class GuardSection:
     max_documents: int = 256
     """Documents of the panel of a domain, each scored as a whole at every measurement."""
     fresh_documents: int = 100
-    """Least documents of a domain that one measurement alone scores, if enough are held out; more
-    if the run has few measurements. 0 scores the panel alone, which then needs more documents."""
+    """Documents of a domain that one measurement alone scores: at least so many if enough are held
+    out, more if the run has few measurements. Where fewer are held out, each measurement takes its
+    part of them, if together they show a loss of the tolerance within half of the run. 0 scores the
+    panel alone, which then needs more documents."""
     policy: Literal["act", "warn"] = "act"
     """act moves replay and the learning rate, pauses and rolls back; warn only writes a warning."""
     controller: Literal["two_way", "ladder"] = "two_way"
@@ -59,7 +61,8 @@ class GuardSection:
     """Smallest share to which the two-way controller may lower a replayed source, as a part of the
     share that the mix gives it; 1 never goes below the mix."""
     act_at: float = 0.5
-    """Share of the tolerance from which on a statistically certain rise counts."""
+    """Share of the tolerance from which on a statistically certain rise counts, above 0 and at most
+    1. Held-out text is refused near 1, where no number of documents tells the two apart."""
     replay_factor: float = 1.5
     """Raising replay by the ladder multiplies the share of a domain's sources by this factor."""
     replay_step: float = 0.03

@@ -32,7 +32,8 @@ held-out set can show. Measured: 1.2 to 2.7 % in five domains whose means had ri
 FRESH_SHARE_OF_RUN = 0.25
 """Share of the looks within which fresh documents should show a loss of the tolerance."""
 LARGEST_SHARE_OF_RUN = 0.5
-"""Share of the looks within which they must; otherwise the panel alone is used."""
+"""Share of the looks within which they must where too few are held out for that; otherwise the
+panel alone is used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +105,9 @@ def fresh_per_look(
     settings: GuardSection, name: str, num_left: int, num_looks: int, num_domains: int
 ) -> int:
     """Return how many fresh documents each look takes; 0 if there are too few of them.
+
+    Bets add up over looks, and a bound holds for any number of documents a look. So fewer than
+    `fresh_documents` do, as long as all of them show a loss of the tolerance early enough.
 
     Args:
         settings: The run's guard section.

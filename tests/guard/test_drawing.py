@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from cpt.config import GuardSection
-from cpt.guard.drawing import alarm_documents, draw, drawing_order, fresh_per_look
+from cpt.guard.betting import Detector
+from cpt.guard.drawing import (
+    DOCUMENT_SPREAD_PERCENT,
+    alarm_documents,
+    draw,
+    drawing_order,
+    fresh_per_look,
+)
+from cpt.guard.yardstick import FALSE_ALARM_SHARE
 
 SETTINGS = GuardSection(interval_steps=200)
 
@@ -49,6 +59,29 @@ def test_few_looks_take_more_documents_each() -> None:
     assert fresh_per_look(SETTINGS, "english", 10**6, 10, 4) == np.ceil(needed / 2.5)
     scarce = 3 * needed
     assert fresh_per_look(SETTINGS, "english", scarce, 10, 4) == scarce // 10
+
+
+def test_fewest_documents_a_look_show_a_loss_of_the_tolerance_within_half_of_the_run() -> None:
+    """Far fewer than `fresh_documents`: what counts is the sum over looks."""
+    num_looks, num_domains = 126, 4
+    needed = alarm_documents(SETTINGS, "english", num_looks * num_domains)
+    fewest = math.ceil(2 * needed / num_looks)
+    held_out = fewest * num_looks
+    assert fresh_per_look(SETTINGS, "english", held_out, num_looks, num_domains) == fewest < 20
+    assert fresh_per_look(SETTINGS, "english", held_out - 1, num_looks, num_domains) == 0
+    generator = np.random.default_rng(3)
+    threshold = num_looks * num_domains / FALSE_ALARM_SHARE
+    num_runs = 60
+    found = {0.5: 0, 1.0: 0}
+    for loss in found:
+        for _ in range(num_runs):
+            detector = Detector([0.5])
+            bounds = []
+            for _ in range(num_looks // 2):
+                changes = loss + DOCUMENT_SPREAD_PERCENT * generator.normal(size=fewest)
+                bounds.append(detector.add(changes, threshold))
+            found[loss] += max(bounds) >= 0.5
+    assert found[0.5] == 0 and found[1.0] >= 0.9 * num_runs
 
 
 def test_fresh_documents_that_would_show_nothing_are_not_drawn() -> None:
