@@ -18,6 +18,7 @@ from cpt.config import DataSection, RunConfig
 from cpt.errors import ConfigError, DataError, StorageError
 from cpt.job.build_check import verify_together
 from cpt.job.context import RunContext
+from cpt.job.replay_check import check_replay
 from cpt.job.resumption import StartingPoint
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
@@ -32,7 +33,6 @@ from data_pipeline.build.found_builds import (
     resolve_build_dir,
 )
 from data_pipeline.build.origin import compare
-from data_pipeline.build.self_replay import check_base_model
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.strict_yaml import load_yaml
 from data_pipeline.dataset import BuiltData
@@ -246,20 +246,6 @@ def verified_place(group: dist.ProcessGroup, folder: Path) -> Path:
         log.warning("%s\nAll nodes read the build from shared storage: %s", error, folder)
     verify_together(group, folder)
     return folder
-
-
-def check_replay(config: RunConfig, data: BuiltData) -> None:
-    """Refuse replay that another model wrote than the one this run starts from.
-
-    Raises:
-        ConfigError: naming every such source.
-    """
-    base_models = {source.name: source.base_model for source in data.manifest.sources}
-    if not any(base_models.values()):
-        return
-    problems = check_base_model(base_models, base_files(config), base_name(config))
-    if problems:
-        raise ConfigError(problems)
 
 
 def base_files(config: RunConfig) -> list[Path]:

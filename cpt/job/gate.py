@@ -15,7 +15,8 @@ once there is a process group (`PassedGate.refuse`).
 
 Three checks come later, because they read whole files or need them to exist: the contents of weight
 files and of KL targets are hashed, and a mix that is not built is built first and then checked by
-the functions that this gate uses.
+the functions that this gate uses. After a dry run nothing comes, so it hashes the weight files
+itself if a model wrote a part of the mix.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ from cpt.job.findings import Findings, joined
 from cpt.job.kept_config import kept_models
 from cpt.job.packed_base import check_one_expert, packed_base_problems
 from cpt.job.passed_gate import PassedGate
+from cpt.job.replay_check import check_replay
 from cpt.job.resumption import (
     ExpectedCheckpoint,
     StartingPoint,
@@ -505,10 +507,19 @@ class _Gate:
             )
         )
         self._check_kept_files(mix, num_documents)
+        self._check_replay(data)
         weighted = self._with_weights(mix, data)
         start = None if weighted is None else self._start(weighted, data)
         if weighted is not None and start is not None and data is not None:
             self._check_plan(weighted, data, start)
+
+    def _check_replay(self, data: BuiltData | None) -> None:
+        """Check which model wrote the replay; only a dry run reads weight files for it."""
+        config = self.config
+        if config is None or data is None:
+            return
+        is_last_check = self.is_dry_run
+        self.found_by_one.attempt(lambda: check_replay(config, data, reads_weights=is_last_check))
 
     def _with_weights(self, mix: MixConfig, data: BuiltData | None) -> MixConfig | None:
         """Return the mix with its weights; None if they are refused, or cannot be known yet."""

@@ -101,11 +101,11 @@ def _model_that_wrote(path: Path, source_name: str) -> str:
 
 
 def check_base_model(replayed: Mapping[str, str], files: Sequence[Path], place: str) -> list[str]:
-    """Return a problem for each source that another model wrote than the one a run starts from.
+    """Return a problem for each source that another model wrote than the untouched one of a run.
 
     Args:
         replayed: Hash of the model that wrote each source; empty for text that no model wrote.
-        files: Weight files of the run's base model; empty for random weights.
+        files: Weight files of the run's untouched model; empty for random weights.
         place: Name of that model in messages.
     """
     if not any(replayed.values()):
@@ -115,9 +115,10 @@ def check_base_model(replayed: Mapping[str, str], files: Sequence[Path], place: 
     for name, base_model in replayed.items():
         if base_model and base_model != own:
             problems.append(
-                f"source '{name}' was written by the model {base_model[:16]}, this run starts from "
-                f"{place} ({own[:16]}). Replay of another model is not in the distribution of this "
-                "one: sample again with cpt replay, or remove `kind: self_replay` to train on it "
-                "as plain text."
+                f"source '{name}' was written by the model {base_model[:16]}, but the untouched "
+                f"model of this run is {place} ({own[:16]}). Replay of another model is not in the "
+                "distribution of this one: if this run goes on from a model that was trained from "
+                "the writer, name the writer with guard.baseline_model; else sample again with "
+                "cpt replay, or remove `kind: self_replay` to train on it as plain text."
             )
     return problems

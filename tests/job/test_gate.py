@@ -41,6 +41,7 @@ from cpt.resilience.stop import StopRequest
 from cpt.run import main, parse_arguments
 from cpt.training.kl_targets import SIDECAR
 from data_pipeline.build.build import build
+from data_pipeline.build.self_replay import weights_hash, write_sidecar
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
@@ -55,9 +56,9 @@ WRONG_TENSOR = "model.layers.0.self_attn.sinks"
 PARAGRAPH = "The quick brown fox jumps over the lazy dog and looks at document number "
 
 
-def write_weights(folder: Path) -> Path:
+def write_weights(folder: Path, seed: int = 0) -> Path:
     """A whole Hugging Face directory of a very small gpt-oss."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     layers = {"layer_types": ["sliding_attention"]}
     model = GptOssForCausalLM(GptOssConfig(**{**PRESETS["tiny"], **SIZES, **layers}))
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -388,6 +389,25 @@ def test_contents_are_compared_where_there_is_little_input_and_sizes_where_there
     assert dry_run(*settings_of(own_copy, large)) == 0
     text.write_bytes(text.read_bytes() + b'{"text": "one more"}\n')
     assert dry_run(*settings_of(own_copy, large)) == 65
+
+
+def test_replay_of_another_model_than_the_untouched_one_is_refused_by_the_dry_run(
+    dry_run: DryRun, own_copy: Path, workplace: Path, capsys: Any
+) -> None:
+    writer = workplace / "weights"
+    write_sidecar(own_copy, weights_hash([writer / "model.safetensors"]), {}, ["text.jsonl"])
+    mix = yaml.safe_load((own_copy / "mix.yaml").read_text(encoding="utf-8"))
+    mix["sources"][0]["kind"] = "self_replay"
+    (own_copy / "mix.yaml").write_text(yaml.safe_dump(mix), encoding="utf-8")
+    build(load_mix(own_copy / "mix.yaml"), own_copy / "replayed", progress=False)
+    settings = settings_of(own_copy, f"data.build_dir={own_copy / 'replayed'}")
+    assert dry_run(*settings) == 0
+    trained = write_weights(own_copy / "trained", seed=1)
+    assert dry_run(*settings, f"model.path={trained}") == 78
+    told = capsys.readouterr().err
+    assert "source 'web' was written by the model" in told
+    assert f"the untouched model of this run is {trained}" in told
+    assert dry_run(*settings, f"model.path={trained}", f"guard.baseline_model={writer}") == 0
 
 
 def test_whole_build_needs_no_raw_files(

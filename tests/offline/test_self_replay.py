@@ -10,21 +10,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from cpt.cli import main
 from cpt.errors import ConfigError, DataError
-from cpt.job.data import check_replay
+from cpt.job.replay_check import check_replay
 from cpt.offline.rank_options import RankOptions
 from cpt.offline.replies import prompts_of_rank
 from cpt.training.sampling import Sampling
 from data_pipeline.build.build import build
-from data_pipeline.build.self_replay import SIDECAR
+from data_pipeline.build.self_replay import SIDECAR, weights_hash, write_sidecar
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.text.harmony import CHANNEL, END, MESSAGE, RETURN, START
 from data_pipeline.text.tokenizer import VOCAB_SIZE, encode
+from tests.support.checkpoints import write_checkpoint
 from tests.support.records import read_jsonl, write_jsonl
 
 PREFIXES = [f"Number {n} of the lamps along the river was" for n in range(3)]
@@ -135,9 +137,11 @@ def encode_text(prompt: list[int]) -> str:
     return encoding().decode(prompt).rsplit("<|start|>user", 1)[1]
 
 
-def run_from(path: Path | None) -> Any:
+def run_from(path: Path | None, baseline: Path | None = None) -> Any:
     return types.SimpleNamespace(
-        model=types.SimpleNamespace(path=path, init=None if path else "tiny")
+        model=types.SimpleNamespace(path=path, init=None if path else "tiny"),
+        guard=types.SimpleNamespace(baseline_model=baseline),
+        train=types.SimpleNamespace(seed=1),
     )
 
 
@@ -153,6 +157,36 @@ def test_a_run_from_another_model_refuses_the_replay(
     for path, place in ((other, "other"), (None, "random weights")):
         with pytest.raises(ConfigError, match=f"source 'own' was written by the model .*{place}"):
             check_replay(run_from(path), data)
+
+
+def test_a_run_from_a_checkpoint_replays_what_its_baseline_model_wrote_and_nothing_else(
+    base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = weights_hash([base / "model.safetensors"])
+    (folder / "plain.jsonl").write_text(json.dumps({"text": " ".join(PREFIXES)}) + "\n")
+    write_sidecar(folder, own, {}, ["plain.jsonl"])
+    build(mix_of(folder, "plain.jsonl"), folder / "out", progress=False)
+    data = BuiltData.open(folder / "out")
+    checkpoint = write_checkpoint(tmp_path / "cpt", 10)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    save_file({"w": torch.zeros(1)}, other / "model.safetensors", {"format": "pt"})
+
+    check_replay(run_from(checkpoint, baseline=base), data)
+    refusal = "source 'own' was written by the model .*, but the untouched model of this run is"
+    with pytest.raises(ConfigError, match=f"{refusal} {other} .*guard.baseline_model"):
+        check_replay(run_from(base, baseline=other), data)
+    # what every start checks before its ranks meet reads no weights, and still refuses this
+    hashed: list[str] = []
+    monkeypatch.setattr(
+        "data_pipeline.build.self_replay.xxh3_of", lambda file: hashed.append(file.name) or "0"
+    )
+    check_replay(run_from(checkpoint, baseline=other), data, reads_weights=False)
+    for path, place in ((checkpoint, str(checkpoint)), (None, "tiny, seed 1")):
+        with pytest.raises(ConfigError, match=f"{refusal} {place}"):
+            check_replay(run_from(path), data, reads_weights=False)
+    assert hashed == ["manifest.json"]
 
 
 def test_edited_text_or_text_without_its_sidecar_is_refused_at_build(
