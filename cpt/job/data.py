@@ -26,6 +26,7 @@ from cpt.storage.local_copies import local_copy
 from cpt.training.kl_targets import KLTargets, check_targets
 from data_pipeline.build.build import build
 from data_pipeline.build.found_builds import (
+    DEFAULT_ROOT,
     can_be_read,
     input_bytes,
     load_built_mix,
@@ -122,7 +123,7 @@ def build_folder(settings: DataSection, mix: MixConfig) -> Path:
     """
     limit = settings.auto_build_limit_bytes
     if settings.build_dir is None and not can_be_read(mix, limit):
-        return _default_folder_by_names(settings, mix)
+        return _folder_by_names(settings, mix)
     folder = resolve_build_dir(mix, settings.build_dir)
     if folder.exists():
         return folder
@@ -131,11 +132,11 @@ def build_folder(settings: DataSection, mix: MixConfig) -> Path:
     return folder
 
 
-def _default_folder_by_names(settings: DataSection, mix: MixConfig) -> Path:
-    """Return the default folder of a mix with too much input to read it at every start.
+def _folder_by_names(settings: DataSection, mix: MixConfig) -> Path:
+    """Return the build of a mix with too much input to read it at every start.
 
     Raises:
-        ConfigError: none of the default folders holds a build of the mix, or several may.
+        ConfigError: no folder in data/ holds a build of the mix, or several may.
     """
     found = matching_builds(mix)
     if len(found) > 1:
@@ -154,7 +155,8 @@ def _not_built(settings: DataSection, mix: MixConfig, option: str) -> str:
     return (
         f"{settings.mix} is not built and has {size / 1e6:.0f} MB of input, more than "
         f"data.auto_build_limit_bytes ({limit / 1e6:.0f} MB). Build it first: "
-        f"python -m data_pipeline build {settings.mix}{option}"
+        f"python -m data_pipeline build {settings.mix}{option}. A build that is not in "
+        f"{DEFAULT_ROOT}/ is named with --set data.build_dir=FOLDER."
     )
 
 

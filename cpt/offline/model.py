@@ -24,7 +24,13 @@ from cpt.model.weights.source import WeightSource, fill_model
 from cpt.parallel.agreement import gather_json, together
 from cpt.parallel.topology import Topology
 from cpt.training.loader import MicroBatch
-from data_pipeline.build.found_builds import load_built_mix, matching_builds, resolve_build_dir
+from data_pipeline.build.found_builds import (
+    NotBuilt,
+    find_build,
+    load_built_mix,
+    matching_builds,
+    resolve_build_dir,
+)
 from data_pipeline.build.origin import absent_sources, compare
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData
@@ -64,14 +70,17 @@ def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) ->
 
 
 def _default_build(mix: MixConfig) -> Path:
-    """Return the default directory of a mix, or the one that its build must be without its files.
+    """Return the build of a mix in data/, or the default directory where there is none.
 
     Raises:
         ConfigError: several directories may hold it.
         DataError: an input file cannot be read.
     """
     if not absent_sources(mix):
-        return resolve_build_dir(mix, None)
+        try:
+            return find_build(mix)
+        except NotBuilt:
+            return resolve_build_dir(mix, None)
     found = matching_builds(mix)
     if len(found) > 1:
         raise ConfigError(

@@ -3,13 +3,13 @@
 Decisions
     Looking for a build never makes one.
     A build is that of a mix if their fingerprints are equal, whatever it is called. Names and sizes
-    of files are compared first, so where no build has them nothing is read. Where none of a
+    of files are compared first, so where no build has them nothing is read. Builds of the same
+    fingerprint are one build twice, of which the first is taken. Where none of a
     source's files is here, its rules decide alone, and so where the file of its hook is not.
 """
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -132,23 +132,40 @@ def builds_by_names(mix: MixConfig) -> dict[Path, str]:
     Rules, and names and sizes of the files that are here, are those of the mix. Builds that have
     its name come first.
     """
-    paths = sorted(DEFAULT_ROOT.glob(f"*/{FILE_NAME}"), key=lambda path: _rank(path, mix))
     # damaged, of another version, or another user's
-    return dict(_builds_that_fit(mix, paths, (DataError, ConfigError)))
+    return dict(_builds_that_fit(mix, _manifests(mix), (DataError, ConfigError)))
 
 
-def _rank(manifest_path: Path, mix: MixConfig) -> tuple[bool, Path]:
-    folder = manifest_path.parent
-    return not folder.name.startswith(f"{mix.name}-"), folder
+def _manifests(mix: MixConfig) -> list[Path]:
+    """Return the manifests in `DEFAULT_ROOT`, those that have the name of a mix first."""
+
+    def rank(path: Path) -> tuple[bool, Path]:
+        return not _has_name_of(mix, path), path
+
+    return sorted(DEFAULT_ROOT.glob(f"*/{FILE_NAME}"), key=rank)
+
+
+def _has_name_of(mix: MixConfig, manifest_path: Path) -> bool:
+    folder = manifest_path.parent.name
+    return folder == mix.name or folder.startswith(f"{mix.name}-")
 
 
 def matching_builds(mix: MixConfig) -> list[Path]:
-    """Return the default directories that hold a build of the mix, without reading its files.
+    """Return the builds of a mix in `DEFAULT_ROOT`, without reading its files.
 
-    Rules, and names and sizes of the files that are here, are those of the mix.
+    Rules, and names and sizes of the files that are here, are those of the mix. There is one folder
+    for each fingerprint, the one that has the name of the mix if there is such a one.
+
+    Raises:
+        ConfigError: others may write to a folder that has the name of the mix.
     """
-    paths = sorted(DEFAULT_ROOT.glob(f"{glob.escape(mix.name)}-*/{FILE_NAME}"))
-    return [folder for folder, _ in _builds_that_fit(mix, paths, (DataError,))]
+    found: dict[str, Path] = {}
+    for path in _manifests(mix):
+        # what others may write to is not read, so only its name can tell whose build it is
+        passed_over = (DataError,) if _has_name_of(mix, path) else (DataError, ConfigError)
+        for folder, of_build in _builds_that_fit(mix, [path], passed_over):
+            found.setdefault(of_build, folder)
+    return list(found.values())
 
 
 def _builds_that_fit(
@@ -166,8 +183,22 @@ def _builds_that_fit(
             manifest = read_manifest(path.parent)
         except passed_over:
             continue
+        if not _may_fit(manifest, mix):
+            continue
         if not compare(manifest, mix, read_contents=False).differences:
             yield path.parent, manifest.fingerprint
+
+
+def _may_fit(manifest: BuildManifest, mix: MixConfig) -> bool:
+    """Return whether a build has the row length and the sources of a mix.
+
+    No file of the mix is looked at for it, so the builds of other mixes cost nothing but that.
+    """
+    rules = manifest.rules
+    if not rules:
+        return True
+    names = [source["name"] for source in rules["sources"]]
+    return rules["seq_len"] == mix.seq_len and names == [source.name for source in mix.sources]
 
 
 def load_built_mix(mix_file: Path, build_dir: Path | None) -> MixConfig:

@@ -438,12 +438,21 @@ def test_default_build_of_much_input_is_found_without_reading_it(
     assert dry_run(*large) == 78
     assert "is not built" in capsys.readouterr().err
     (own_copy / "data").mkdir()
-    (own_copy / "built").rename(own_copy / "data" / "mix-0123456789")
+    built = own_copy / "data" / "named-by-a-person"
+    (own_copy / "built").rename(built)
+    text = own_copy / "text.jsonl"
+    content = text.read_bytes()
+    text.write_bytes(content.replace(b"brown", b"green"))
+    build(load_mix(own_copy / "mix.yaml"), own_copy / "other", progress=False)
+    text.write_bytes(content)
     monkeypatch.setattr("data_pipeline.reading.input_files.file_hash", None)
     assert dry_run(*large) == 0
-    (own_copy / "text.jsonl").unlink()
+    text.unlink()
     assert dry_run(*default) == 0
-    shutil.copytree(own_copy / "data" / "mix-0123456789", own_copy / "data" / "mix-copy")
+    # the same build twice is one build; another of files of the same names and sizes is not
+    shutil.copytree(built, own_copy / "data" / "mix-copy")
+    assert dry_run(*default) == 0
+    (own_copy / "other").rename(own_copy / "data" / "other")
     assert dry_run(*default) == 78
     assert "Name one of them with data.build_dir" in capsys.readouterr().err
 

@@ -36,6 +36,14 @@ def test_a_whole_build_is_scored_without_its_raw_files(mix_file: Path, named: bo
     assert [found.name for found in held_out_sets(mix_file, build_dir, 100)] == ["web"]
 
 
+def test_a_build_in_data_is_found_whatever_its_folder_is_called(mix_file: Path) -> None:
+    build(load_mix(mix_file), Path("data") / "by-hand", progress=False)
+    assert [found.name for found in held_out_sets(mix_file, None, 100)] == ["web"]
+    (mix_file.parent / "web.jsonl").write_text(json.dumps({"text": "Other text."}) + "\n")
+    with pytest.raises(ConfigError, match=r"is not built in data/mix-[0-9a-f]{10}"):
+        held_out_sets(mix_file, None, 100)
+
+
 def test_without_files_and_build_the_files_are_missing(mix_file: Path) -> None:
     (mix_file.parent / "web.jsonl").unlink()
     with pytest.raises(ConfigError, match="matches no file"):

@@ -248,10 +248,31 @@ def test_default_builds_are_found_by_names_and_sizes(
     monkeypatch.setattr(found_builds, "DEFAULT_ROOT", tmp_path / "data")
     mix = make_mix(TEXTS)
     assert matching_builds(mix) == []
-    build(mix, tmp_path / "data" / "mix-1", progress=False)
-    build(make_mix(TEXTS, seq_len=64), tmp_path / "data" / "mix-2", progress=False)
-    (tmp_path / "data" / "mix-3").mkdir()
-    (tmp_path / "data" / "mix-3" / "manifest.json").write_text("{")
-    assert matching_builds(make_mix(TEXTS)) == [tmp_path / "data" / "mix-1"]
+    data = tmp_path / "data"
+    build(mix, data / "a-persons-choice", progress=False)
+    build(make_mix(TEXTS, seq_len=64), data / "mix-2", progress=False)
+    (data / "mix-3").mkdir()
+    (data / "mix-3" / "manifest.json").write_text("{")
+    assert matching_builds(make_mix(TEXTS)) == [data / "a-persons-choice"]
+    # the same build twice is taken once, by the name of the mix
+    shutil.copytree(data / "a-persons-choice", data / "mix")
+    assert matching_builds(make_mix(TEXTS)) == [data / "mix"]
+    # what others may write to is not read, and refused only where its name is that of the mix
+    (data / "a-persons-choice").chmod(0o777)
+    assert matching_builds(make_mix(TEXTS)) == [data / "mix"]
+    (data / "mix").chmod(0o777)
+    with pytest.raises(ConfigError, match="mix"):
+        matching_builds(make_mix(TEXTS))
+    (data / "mix").chmod(0o755)
     longer(tmp_path / "in" / "en.jsonl")
+    assert matching_builds(mix) == []
+
+
+def test_files_are_looked_at_only_for_builds_of_the_same_sources(
+    make_mix: MakeMix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(found_builds, "DEFAULT_ROOT", tmp_path / "data")
+    build(make_mix({"fr": TEXTS["en"]}), tmp_path / "data" / "french", progress=False)
+    mix = make_mix(TEXTS)
+    monkeypatch.setattr(found_builds, "compare", None)
     assert matching_builds(mix) == []
