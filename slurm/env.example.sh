@@ -14,10 +14,11 @@
 : "${CPT_RUN_DIR:=runs/gpt-oss-20b}"            # storage that all nodes see
 : "${CPT_CONFIG:=configs/gpt-oss-20b.yaml}"
 : "${CPT_DS_CONFIG:=ds_configs/z3_ep.json}"
-CPT_RUN_ARGUMENTS=()                            # further options of cpt/run.py, e.g. (--set train.lr=1e-5)
+CPT_RUN_ARGUMENTS=()                            # further options of cpt/run.py, e.g. (--set train.lr=1e-5); a build that is not in
+                                                # data/ of this folder: (--set data.build_dir=/shared/data/my-mix)
 : "${CPT_MAX_RESTARTS:=20}"                     # a job is put back into the queue at most this often
 : "${CPT_RESTART_ON_FAILURE:=0}"                # and so often in a row after an error (70, 71) or a killed rank without a new checkpoint
-: "${CPT_SAVE_SECONDS:=600}"                    # how long ranks without a launcher may take to save and exit
+: "${CPT_SAVE_SECONDS:=600}"                    # how long ranks without a launcher may take to save and exit; all of 120b: 1800
 
 # --- the software: modules and a venv, or a container
 : "${CPT_MODULES:=}"                            # for `module load`, e.g. "cuda/13.0 apptainer"
@@ -58,7 +59,7 @@ CPT_VLLM_ARGUMENTS=()                           # further options of vllm serve,
 #export CPT_SHARED_DIRS=/groups/lab/built:/groups/lab/runs
 
 # --- PBS and AGE only: the run saves before the time limit, and the job is submitted again
-: "${CPT_STOP_MARGIN_SECONDS:=600}"             # how long before the limit; the limit is read from qstat
+: "${CPT_STOP_MARGIN_SECONDS:=600}"             # how long before the limit; the limit is read from qstat; all of 120b: 1800
 : "${CPT_STOP_AFTER_SECONDS:=}"                 # after so many seconds instead; 0: never
 : "${CPT_SUBMIT:=qsub}"                         # with queue, group, nodes and limit from qstat; or the whole command
 : "${CPT_KEEP_RESOURCES=filesystems}"           # PBS: further job-wide resources (-l) that the next start asks for

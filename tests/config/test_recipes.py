@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cpt.config import LaunchInfo, load, resolve
+from cpt.job.run_dir import checkpoint_bytes, stored_numels
 from cpt.model.configuration import load_config
 from cpt.planning.estimate import estimate
 from cpt.planning.hardware import GPUS, Assumptions
@@ -36,6 +37,8 @@ CARDS = {
 }
 NODES = {"80gb": 2e12, "141gb": 1e12}
 """Host memory of the nodes of 8 GPUs that 120b fits on, by the end of a recipe's name."""
+BYTES_A_SECOND = 2e9
+"""Rate at which docs/reliability.md (Stopping) reckons a save of shared storage."""
 ON_ONE_NODE = [path for path in RECIPES if "120b" in path.stem and "-8gpu-" in path.stem]
 WANTED = {("20b", 4096, 8), ("20b", 8192, 8), ("20b", 32768, 8), ("20b", 131072, 16)} | {
     ("120b", seq_len, gpus) for seq_len in (4096, 32768) for gpus in (8, 16, 32, 64)
@@ -190,6 +193,24 @@ def test_120b_on_one_node_leaves_a_tenth_of_device_and_host_free(
     speed = re.findall(r"([\d,]+) tokens/s/GPU", recipe.comment)[0]
     assert f"| {device:.1f} of " in row
     assert row.endswith(f"| {size} {unit} | {speed} |")
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_recipe_has_time_for_two_saves_before_its_job_ends(path: Path) -> None:
+    """A stop waits for the save in flight and then makes its own; the rate is that of the docs."""
+    recipe = Recipe(path)
+    model = load_config(None, recipe.model)
+    run, ds_json = load(path, recipe.ds_config, {})
+    ranks = min(8, recipe.world_size)
+    launch = LaunchInfo(world_size=recipe.world_size, local_world_size=ranks)
+    config = resolve(run, ds_json, model, launch)
+    seconds = 2 * checkpoint_bytes(config, stored_numels(config, model)) / BYTES_A_SECOND
+    assert seconds <= run.checkpoint.stop_budget_seconds
+    assert seconds <= run.checkpoint.stop_margin_seconds
+    told = path.read_text(encoding="utf-8")
+    # the signal of the template's head, ten minutes before the end, has to come early enough, too
+    if seconds > 600:
+        assert f"--signal=B:USR1@{run.checkpoint.stop_margin_seconds} " in told
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
