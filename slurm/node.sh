@@ -34,8 +34,9 @@ readonly NODE=${SLURM_NODEID:-${OMPI_COMM_WORLD_RANK:-${PMIX_RANK:-${PMI_RANK:-0
 
 # print the GPU ids of this node: a job that shares its node may have 4,5 instead of 0,1
 gpu_ids() {
-    local ids=${CUDA_VISIBLE_DEVICES:-}
-    if [[ "$ids" =~ ^[0-9]+(,[0-9]+)*$ && $(tr -cd , <<<"$ids" | wc -c) -eq $((RANKS - 1)) ]]; then
+    local ids=${CUDA_VISIBLE_DEVICES:-} commas
+    commas=${ids//[!,]/}
+    if [[ "$ids" =~ ^[0-9]+(,[0-9]+)*$ ]] && ((${#commas} == RANKS - 1)); then
         echo "$ids"
     else
         seq -s, 0 $((RANKS - 1))
@@ -47,14 +48,21 @@ if [[ "${CUDA_VISIBLE_DEVICES:-}" == GPU-* || "${CUDA_VISIBLE_DEVICES:-}" == MIG
     export CPT_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES
 fi
 
+refuse_temporary_files() {
+    refuse "no file can be written in ${TMPDIR:-/tmp} of $HOSTNAME. Free space there, or set TMPDIR in $CPT_ENV_FILE to a folder" \
+        "that every node has; a container sees those in CPT_BINDS."
+}
+
 # DeepSpeed reads ranks from a host file and a filter.  It only counts the entries of other nodes, so any name works.
 start_launcher() {
-    local node include='' ids
+    local node include='' hosts='' ids
     for ((node = 0; node < NODES; node++)); do
-        echo "node$node slots=1024" # no limit: the filter selects the GPUs
+        hosts+="node$node slots=1024"$'\n' # no limit: the filter selects the GPUs
         if ((node == NODE)); then ids=$(gpu_ids); else ids=$(seq -s, 0 $((RANKS - 1))); fi
         include+="${include:+@}node$node:$ids"
-    done >"$HOSTS"
+    done
+    # without it DeepSpeed would begin a run of this node alone in the run directory
+    printf '%s' "$hosts" >"$HOSTS" || refuse_temporary_files
     # its own process group: signals to this script's group do not reach it, and everything it starts can be found
     set -m
     deepspeed --hostfile "$HOSTS" --include "$include" --no_ssh --node_rank "$NODE" \
@@ -153,12 +161,12 @@ make_caches() {
     ((CPT_JOB_CACHES)) || return 0
     CACHES=$(mktemp -d -t cpt-caches-XXXXXXXXXX) || refuse "no folder for CPT_JOB_CACHES=1 can be made in ${TMPDIR:-/tmp}."
     for name in TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR TORCH_EXTENSIONS_DIR; do
-        mkdir "$CACHES/$name"
+        mkdir "$CACHES/$name" || refuse_temporary_files
         export "$name=$CACHES/$name"
     done
 }
 
-HOSTS=$(mktemp)
+HOSTS=$(mktemp) || refuse_temporary_files
 readonly HOSTS
 STAGED_FOLDER=
 CACHES=

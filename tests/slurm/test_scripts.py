@@ -165,6 +165,17 @@ def test_launcher_is_told_nodes_ranks_and_address_without_ssh(bench: Bench) -> N
     )
 
 
+def test_node_without_temporary_files_begins_no_run_of_its_own(bench: Bench) -> None:
+    code, output = bench.run("train.sbatch", TMPDIR="/no/such/folder")
+    assert code == 78 and "no file can be written in /no/such/folder" in output, output
+    # a disk that is full takes a name and no content
+    full = 'file=$(dirname "$CALLS")/full; ln -sf /dev/full "$file"; echo "$file"\n'
+    write_program(bench.folder / "bin" / "mktemp", full)
+    code, output = bench.run("train.sbatch")
+    assert code == 78 and "no file can be written in" in output, output
+    assert not bench.calls("deepspeed")
+
+
 def test_exit_0_is_not_believed_without_the_last_step(bench: Bench) -> None:
     code, output = bench.run("train.sbatch", DEEPSPEED_EXIT="0", STATUS_EXIT="70")
     assert code == 70 and "the launcher ended with 0, but the run is not finished" in output
