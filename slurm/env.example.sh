@@ -41,7 +41,7 @@ CPT_VLLM_ARGUMENTS=()                           # further options of vllm serve,
 : "${CPT_LIGHTEVAL:=lighteval}"                 # e.g. "uv run --project /opt/swallow-evaluation-instruct --locked --extra lighteval lighteval"
 
 # --- the nodes
-: "${CPT_RANKS_PER_NODE:=}"                     # empty: the GPUs that the job has on a node
+: "${CPT_RANKS_PER_NODE:=}"                     # empty: the GPUs that the job has on a node; PBS and AGE: those that the first node shows
 : "${CPT_MASTER_INTERFACE:=}"                   # e.g. ib0; empty: the address by which the scheduler knows the node
 
 # --- copies of build and weights on a disk of each node, which the ranks read; checkpoints stay in CPT_RUN_DIR

@@ -325,7 +325,9 @@ run_slurm_job() {
 #   run_submitted_job TEMPLATE READ_JOB NODES RANKS_PER_NODE [HOST_FILE]      with JOB and RESTARTS set
 run_submitted_job() {
     local template=$1 read_job=$2 nodes=$3 ranks=$4 start
-    [[ -n "$ranks" ]] || refuse "CPT_RANKS_PER_NODE is not set."
+    [[ -n "$ranks" ]] || ranks=$(gpus_of_node)
+    ((ranks > 0)) || refuse "CPT_RANKS_PER_NODE is not set, and $HOSTNAME shows no GPU: CUDA_VISIBLE_DEVICES lists none, and" \
+        "neither does nvidia-smi -L. Set it in $CPT_ENV_FILE to the GPUs of a node."
     FIRST_JOB=${CPT_FIRST_JOB:-$JOB}
     prepare_resubmission "$read_job" "$nodes"
     start=$(mpirun_command "$nodes" "${5:-}") || exit

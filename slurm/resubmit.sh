@@ -129,6 +129,17 @@ set_stop_time() {
     fi
 }
 
+# Print how many GPUs this node gives to the job, for schedulers that do not tell it; 0 if that cannot be known.
+gpus_of_node() {
+    local ids=${CUDA_VISIBLE_DEVICES:-} commas
+    commas=${ids//[!,]/}
+    if [[ "$ids" =~ ^([0-9]+|(GPU|MIG)-[^,]+)(,|$) ]]; then
+        printf '%s\n' $((${#commas} + 1))
+    else
+        nvidia-smi -L 2>/dev/null | grep -c '^GPU [0-9]'
+    fi
+}
+
 # Submit this job again, under AGE without the nodes of failed starts.
 #   submit_without_failed_nodes READ_JOB WORDS...
 submit_without_failed_nodes() {

@@ -233,6 +233,23 @@ def test_unknown_mpirun_is_refused_and_an_own_command_taken(make_scheduler) -> N
     assert scheduler.bench.calls("mpirun")[0].startswith("-np 2 -x PATH env PATH=")
 
 
+@pytest.mark.parametrize("kind", ["pbs", "age"])
+def test_ranks_of_a_node_are_its_gpus_unless_they_are_given(make_scheduler, kind: str) -> None:
+    scheduler = make_scheduler(kind)
+    scheduler.submit(*{"pbs": PBS, "age": AGE}[kind])
+    listed = "GPU 0: NVIDIA H100 (UUID: GPU-0)\n  MIG 1g (UUID: MIG-0)\nGPU 1: NVIDIA H100\n"
+    write_program(scheduler.bench.folder / "bin" / "nvidia-smi", f"printf '{listed}'\n")
+    none = {"CPT_RANKS_PER_NODE": ""}
+    for visible, ranks in (("", 2), ("4,5,6", 3), ("GPU-a1", 1), ("NoDevFiles", 2)):
+        code, output = scheduler.run(**none, CUDA_VISIBLE_DEVICES=visible)
+        assert code == 75 and f"restarts: 2 nodes x {ranks} ranks" in output, output
+    code, output = scheduler.run(CPT_RANKS_PER_NODE="4", CUDA_VISIBLE_DEVICES="0,1")
+    assert "restarts: 2 nodes x 4 ranks" in output, output
+    write_program(scheduler.bench.folder / "bin" / "nvidia-smi", "echo no driver; exit 9\n")
+    code, output = scheduler.run(**none)
+    assert code == 78 and "CPT_RANKS_PER_NODE is not set" in output, output
+
+
 def failure(node: str) -> str:
     return json.dumps({"exit_code": 71, "rank": 9, "node": node, "signal": 0}, indent=2)
 
