@@ -121,6 +121,21 @@ def test_last_phase_rounds_from_its_first_step_what_another_recipe_has_trained(p
     assert run.guard.baseline_model is not None and run.guard.baseline_model.name == recipe.model
 
 
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_recipe_starts_from_the_release_or_from_where_another_recipe_trains(path: Path) -> None:
+    recipe = Recipe(path)
+    run, _ = load(path, recipe.ds_config, {})
+    for model in (run.model.path, run.guard.baseline_model):
+        if model is not None and model.parent.name == "runs":
+            assert model.parent.resolve() == ROOT / "runs"
+            # without --run_dir a run has the name of its YAML
+            before = ROOT / "configs" / f"{model.name}.yaml"
+            assert before in ALL and before != path, f"no recipe trains into {model}"
+            assert Recipe(before).model == recipe.model
+        elif model is not None:
+            assert model.resolve() == ROOT / "models" / recipe.model
+
+
 @pytest.fixture
 def dry_run(monkeypatch: pytest.MonkeyPatch, large_disk: None) -> Callable[..., int]:
     """`dry_run(recipe, setting, ...)`: the exit code of the recipe's dry run, on its GPUs."""
