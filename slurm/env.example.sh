@@ -32,6 +32,7 @@ CPT_RUN_ARGUMENTS=()                            # further options of cpt/run.py,
 : "${CPT_DATA_ENGINE:=local}"                   # ray: one job on several nodes, which starts Ray on them (docs/data.md)
 
 # --- evaluation (slurm/evaluate.sbatch): each tool in an environment of its own; docs/evaluate.md says how to install them
+# With a container vLLM starts outside of it, and lm_eval and lighteval inside: they must be in the image or in a folder of CPT_BINDS.
 : "${CPT_SUITE:=configs/suites/gpt-oss.yaml}"   # benchmarks, and how the model is asked
 : "${CPT_VLLM:=vllm}"                           # words that start vLLM, e.g. /opt/vllm/bin/vllm, "apptainer exec --nv vllm.sif vllm"
 : "${CPT_VLLM_CONTEXT:=40960}"                  # tokens: asking.prompt_tokens + asking.max_new_tokens of the suite

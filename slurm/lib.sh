@@ -219,6 +219,13 @@ is_own_port() {
     [[ -n "$users" ]]
 }
 
+# Refuse if there is no vLLM.
+find_server_program() {
+    local -a command
+    read -r -a command <<<"$CPT_VLLM"
+    command -v "${command[0]}" >/dev/null || refuse "CPT_VLLM=$CPT_VLLM: no such program. docs/evaluate.md says how to install it."
+}
+
 # Serve a Hugging Face directory with vLLM on a free port of 127.0.0.1, and wait until it answers.  It ends with the job.
 # Another user may take the port before vLLM does: what answers must belong to this user.  cpt suite run asks for its model.
 #   start_server DIRECTORY GPUS LOG      sets SERVER_URL
@@ -232,7 +239,6 @@ start_server() {
     command+=(serve "$directory" --served-model-name "$(basename "$directory")" --host 127.0.0.1 --port "$port"
         --tensor-parallel-size "$gpus" --max-model-len "$CPT_VLLM_CONTEXT" --reasoning-parser openai_gptoss
         "${CPT_VLLM_ARGUMENTS[@]}")
-    command -v "${command[0]}" >/dev/null || refuse "CPT_VLLM=$CPT_VLLM: no such program. docs/evaluate.md says how to install it."
     trap stop_server EXIT
     trap 'exit 143' TERM
     # its own process group, so that its workers end with it

@@ -11,6 +11,7 @@ from data_pipeline.console.say import say
 from data_pipeline.escaping import escaped_line
 
 if TYPE_CHECKING:
+    from cpt.offline.evaluation.benchmark_commands import Programs
     from cpt.offline.evaluation.suite import Suite
 
 
@@ -27,9 +28,12 @@ def add_parser(commands: Commands) -> None:
     _add_plot(actions)
 
 
-def _add_suite(parser: argparse.ArgumentParser) -> None:
+def _add_suite(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
-        "--suite", type=Path, required=True, help="suite YAML, such as configs/suites/gpt-oss.yaml"
+        "--suite",
+        type=Path,
+        required=required,
+        help="suite YAML, such as configs/suites/gpt-oss.yaml",
     )
     parser.add_argument(
         "--only", default="", help="names of benchmarks, with commas; default: all of the suite"
@@ -38,9 +42,13 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
 
 def _add_check(actions: Commands) -> None:
     parser = actions.add_parser(
-        "check", help="refuse a model's directory that holds code, before it is served"
+        "check",
+        help="before a model is served, refuse its directory if it holds code, and a suite that "
+        "lacks a program, a variable or a usable baseline",
     )
-    parser.add_argument("--model", type=Path, required=True, help="directory to serve")
+    parser.add_argument("--model", type=Path, help="directory to serve")
+    _add_suite(parser, required=False)
+    _add_what_a_suite_needs(parser)
     parser.set_defaults(run=_check)
 
 
@@ -50,10 +58,14 @@ def _add_run(actions: Commands) -> None:
     parser.add_argument("--server", required=True, help="address, such as http://127.0.0.1:8000")
     parser.add_argument("--model", type=Path, required=True, help="directory of the served model")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    _add_what_a_suite_needs(parser)
+    parser.set_defaults(run=_run)
+
+
+def _add_what_a_suite_needs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", type=Path, help="result of the model before training")
     parser.add_argument("--lm_eval", default="lm_eval", help="words that start lm_eval")
     parser.add_argument("--lighteval", default="lighteval", help="words that start lighteval")
-    parser.set_defaults(run=_run)
 
 
 def _add_collect(actions: Commands) -> None:
@@ -93,24 +105,52 @@ def _suite(options: argparse.Namespace) -> Suite:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from cpt.errors import ConfigError
     from cpt.model.foreign_code import refuse_foreign_code
 
-    refuse_foreign_code(options.model, "--model")
+    if options.model is None and options.suite is None:
+        raise ConfigError("nothing to check: give --model, --suite, or both.")
+    if options.model is not None:
+        refuse_foreign_code(options.model, "--model")
+    if options.suite is not None:
+        _check_suite(options)
+
+
+def _check_suite(options: argparse.Namespace) -> None:
+    """Refuse what can be known of a suite without a server."""
+    from cpt.errors import ConfigError
+    from cpt.offline.evaluation.suite_run import missing_for
+
+    suite = _suite(options)
+    _check_baseline(suite, options.baseline)
+    problems = missing_for(suite, _programs(options))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_baseline(suite: Suite, baseline: Path | None) -> None:
+    from cpt.offline.evaluation.scores import read_result
+    from cpt.offline.evaluation.verdict import check_baseline
+
+    if baseline is not None:
+        check_baseline(suite.limits, {}, read_result(baseline).scores)
+
+
+def _programs(options: argparse.Namespace) -> Programs:
+    from cpt.offline.evaluation.benchmark_commands import Programs
+
+    return Programs(lm_eval=options.lm_eval, lighteval=options.lighteval)
 
 
 def _run(options: argparse.Namespace) -> None:
     from cpt.model.foreign_code import refuse_foreign_code
-    from cpt.offline.evaluation.benchmark_commands import Programs
-    from cpt.offline.evaluation.scores import read_result
     from cpt.offline.evaluation.suite_run import check_suite, find_model, run_suite
-    from cpt.offline.evaluation.verdict import check_baseline
 
     suite = _suite(options)
     refuse_foreign_code(options.model, "--model")
-    if options.baseline is not None:
-        check_baseline(suite.limits, {}, read_result(options.baseline).scores)
+    _check_baseline(suite, options.baseline)
     model = find_model(options.server, options.model)
-    programs = Programs(lm_eval=options.lm_eval, lighteval=options.lighteval)
+    programs = _programs(options)
     check_suite(suite, model, programs)
     run_suite(suite, model, programs, options.out)
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from tests.support.job_scripts import write_program
 from tests.support.launcher import ROOT
 from tests.support.lm_eval import require_lm_eval
 from tests.support.records import write_jsonl
@@ -196,6 +197,11 @@ def test_a_step_is_exported_once_and_named_in_the_result(workplace: Workplace) -
         "CALLS": str(calls),
         "WRITE_WEIGHTS": WRITE_WEIGHTS,
     }
+    # what is missing is said before anything is exported or served
+    for name, said in (("CPT_LIGHTEVAL", "--lighteval '/no'"), ("CPT_VLLM", "CPT_VLLM=/no")):
+        code, output = workplace.run(*words, **variables, **{name: "/no"})
+        assert code == 78 and f"{said}: no such program" in output, output
+        assert not calls.exists() and not out.exists()
     for _ in range(2):
         code, output = workplace.run(*words, **variables)
         assert code == 0, output
@@ -245,12 +251,17 @@ def test_a_benchmark_that_fails_is_named_and_the_others_are_kept(workplace: Work
         (["out", "--export", "DIR"], {"SLURM_GPUS_ON_NODE": ""}, "the job has no GPUs"),
         (
             ["out", "--export", "DIR"],
-            {"CPT_LIGHTEVAL": "/no/lighteval", "CPT_VLLM_CONTEXT": "700"},
+            {"CPT_LIGHTEVAL": "/no/lighteval", "CPT_LM_EVAL": "bash"},
+            "--lighteval '/no/lighteval': no such program",
+        ),
+        (
+            ["out", "--export", "DIR"],
+            {"CPT_LIGHTEVAL": "bash", "CPT_LM_EVAL": "bash", "CPT_VLLM_CONTEXT": "700"},
             "the server has a context of 700 tokens, the suite needs 800",
         ),
         (
             ["out", "--export", "DIR"],
-            {"CPT_LIGHTEVAL": "bash", "VLLM_SERVES": str(ROOT)},
+            {"CPT_LIGHTEVAL": "bash", "CPT_LM_EVAL": "bash", "VLLM_SERVES": str(ROOT)},
             "serves 'export', not --model",
         ),
     ],

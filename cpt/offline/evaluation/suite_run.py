@@ -108,6 +108,14 @@ def check_suite(suite: Suite, model: ServedModel, programs: Programs) -> None:
             f"{needed:,} (asking.prompt_tokens + asking.max_new_tokens). Start it with "
             f"--max-model-len {needed}."
         )
+    problems += missing_for(suite, programs)
+    if problems:
+        raise ConfigError(problems)
+
+
+def missing_for(suite: Suite, programs: Programs) -> list[str]:
+    """Return the programs and variables that a suite needs and that are not here."""
+    problems = []
     for tool in sorted({benchmark.tool for benchmark in suite.benchmarks}):
         words = getattr(programs, tool)
         program = words.split()[0] if words.split() else ""
@@ -123,8 +131,7 @@ def check_suite(suite: Suite, model: ServedModel, programs: Programs) -> None:
                 f"benchmark '{benchmark.name}' needs {', '.join(missing)} in the environment, "
                 "which is not set. Set it, or choose benchmarks without it (--only)."
             )
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 def run_suite(suite: Suite, model: ServedModel, programs: Programs, out: Path) -> None:
