@@ -25,8 +25,10 @@ from cpt.commands.shared_options import (
 from cpt.resilience.environment import rank_of_environment
 from data_pipeline.console.say import complain, say
 
-FORMATS = ("bf16", "mxfp4", "fp32", "peft")
-"""Whole models as `cpt.export.huggingface.export_checkpoint` writes them, or the adapter alone."""
+FORMATS = ("bf16", "mxfp4", "fp32", "peft", "trained")
+"""Whole models as `cpt.export.huggingface.export_checkpoint` writes them, or the adapter alone.
+`trained` is bf16 or mxfp4, whichever a forward pass of training computed with.
+"""
 EXPONENTS = ("floor", "ceil", "least")
 """`cpt.model.weights.mxfp4.EXPONENT_RULES`, which is not imported to parse a command line."""
 
@@ -42,7 +44,11 @@ def add_parser(commands: Commands) -> None:
         "much of the training is kept",
     )
     parser.add_argument("--out", type=Path, required=True, help="new directory")
-    parser.add_argument("--format", default="bf16", help=", ".join(FORMATS))
+    parser.add_argument(
+        "--format",
+        default="bf16",
+        help=f"{', '.join(FORMATS)} (mxfp4 if training rounded the experts, else bf16)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("bf16", "fp32"),
@@ -88,11 +94,20 @@ def _run(options: argparse.Namespace) -> None:
         base_problems(options.base),
         out_problems(options.out),
     )
-    from cpt.export.run_export import ExportForm, export_run, export_with_rules
+    from cpt.checkpoint.manifest import read_manifest
+    from cpt.export.run_export import (
+        ExportForm,
+        export_run,
+        export_with_rules,
+        format_of_training,
+    )
 
     folder = checkpoint_folder(options.run_dir, options.step)
+    format_name = options.format
+    if format_name == "trained":
+        format_name = format_of_training(read_manifest(folder))
     form = ExportForm(
-        format_name=options.format,
+        format_name=format_name,
         adapter_dtype=options.dtype or "bf16",
         base=located_base(options.base),
         exponent=options.exponent,
@@ -107,7 +122,7 @@ def _run(options: argparse.Namespace) -> None:
     else:
         export_run(options.run_dir, folder, options.out, form, options.score, ranks)
     if rank_of_environment() == 0:
-        _describe(folder, options.out, options.format)
+        _describe(folder, options.out, format_name)
 
 
 def _option_problems(options: argparse.Namespace) -> list[str]:

@@ -295,6 +295,11 @@ def warnings_of(out: Path) -> list[str]:
     return warnings
 
 
+def format_of_training(manifest: Manifest) -> str:
+    """Return the format that has the weights a forward pass of training has used last."""
+    return "bf16" if quantized_by(manifest) is None else "mxfp4"
+
+
 def warnings_of_masters(manifest: Manifest, format_name: str) -> list[str]:
     """Return a warning if a format leaves experts unrounded that were trained with rounding."""
     is_rounded = format_name != "mxfp4" and quantized_by(manifest) is not None

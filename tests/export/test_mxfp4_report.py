@@ -32,7 +32,7 @@ from cpt.export.mxfp4_report import (
     with_held_out,
 )
 from cpt.export.rounding_sums import RoundingSums, merged_sums
-from cpt.export.run_export import MASTERS, warnings_of_masters
+from cpt.export.run_export import MASTERS, format_of_training, warnings_of_masters
 from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, SINGLE_FILE, is_expert_matrix
 from cpt.model.weights.mxfp4 import EXPONENT_RULES
@@ -366,6 +366,7 @@ def test_only_an_unrounded_export_of_a_run_that_rounded_is_warned_of(tmp_path: P
     _, values = release("floor")
     rounded_run = read_manifest(save_checkpoint(tmp_path / "run", values, None, QUANTIZE))
     plain_run = read_manifest(save_checkpoint(tmp_path / "plain", values, None))
+    assert (format_of_training(rounded_run), format_of_training(plain_run)) == ("mxfp4", "bf16")
     assert warnings_of_masters(rounded_run, "bf16") == [MASTERS]
     assert warnings_of_masters(rounded_run, "mxfp4") == []
     assert warnings_of_masters(plain_run, "fp32") == []

@@ -215,14 +215,37 @@ def test_a_step_is_exported_once_and_named_in_the_result(workplace: Workplace) -
     code, output = workplace.run(str(out), "--step", "80", "--only", "physics", **variables)
     assert code == 78 and "these are results of another model" in output, output
     assert (
-        calls.read_text().splitlines()[1].endswith(f"--out {out}/export-step-80-bf16 --format bf16")
+        calls.read_text()
+        .splitlines()[1]
+        .endswith(f"--out {out}/export-step-80-trained --format trained")
     )
+
+
+def test_tools_are_looked_for_where_they_will_run_before_a_server_starts(
+    workplace: Workplace,
+) -> None:
+    # an image that has Python and nothing beside it
+    inside = 'while [[ "$1" != *.sif ]]; do shift; done\nshift\n'
+    inside += f'PATH={workplace.folder}/image:/usr/bin:/bin exec "$@"\n'
+    write_program(workplace.folder / "bin" / "apptainer", inside)
+    image = workplace.folder / "image"
+    write_program(image / "python", f'exec {sys.executable} "$@"\n')
+    words = [str(workplace.folder / "out"), "--export", str(workplace.folder / "export")]
+    container = {"CPT_CONTAINER": "apptainer", "CPT_IMAGE": "cpt.sif"}
+    code, output = workplace.run(*words, "--only", "physics", **container)
+    assert code == 78 and "--lighteval 'lighteval': no such program" in output, output
+    assert "start inside cpt.sif" in output
+    assert not (workplace.folder / "pid").exists()
+    (image / "lighteval").symlink_to(workplace.folder / "bin" / "lighteval")
+    code, output = workplace.run(*words, "--only", "physics", **container, VLLM_DIES="1")
+    assert code == 70 and "CUDA out of memory" in output, output
 
 
 def test_a_server_that_does_not_come_up_ends_the_job_with_its_last_words(
     workplace: Workplace,
 ) -> None:
     words = [str(workplace.folder / "out"), "--export", str(workplace.folder / "export")]
+    words += ["--only", "physics"]
     code, output = workplace.run(*words, VLLM_DIES="1")
     assert code == 70 and "CUDA out of memory" in output
     code, output = workplace.run(*words, VLLM_HANGS="1", CPT_VLLM_START_SECONDS="2")
