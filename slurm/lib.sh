@@ -124,7 +124,9 @@ enter_environment() {
 # Run one command of the project on this node, in the virtual environment or the container.
 run_inside() {
     if [[ "$CPT_CONTAINER" == pyxis ]]; then
-        srun --nodes=1 --ntasks=1 "${SRUN_CONTAINER[@]}" "$@"
+        # a step inherits no cores from sbatch (Slurm 22.05 and later), and a site may bind it to one
+        srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" --cpu-bind=none \
+            "${SRUN_CONTAINER[@]}" "$@"
     else
         (enter_environment && exec "${CONTAINER[@]}" "$@")
     fi

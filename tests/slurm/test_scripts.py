@@ -240,6 +240,11 @@ def test_apptainer_and_pyxis_get_repository_binds_and_image(bench: Bench) -> Non
     mounts = f"{ROOT}:{ROOT},/data:/data,/scratch:/scratch"
     options = f"--container-image=cpt.sif --container-mounts={mounts} --container-workdir={ROOT}"
     assert options in bench.calls("srun")[1]
+    # a step that names no cores may be bound to one of them, with all workers of a build
+    pyxis = {**shared, **inside, "CPT_CONTAINER": "pyxis", "SLURM_CPUS_PER_TASK": "16"}
+    code, output = bench.run("prepare_data.sbatch", "mix.yaml", "out", **pyxis)
+    assert code == 0, output
+    assert "--cpus-per-task=16 --cpu-bind=none --container-image=cpt.sif" in bench.calls("srun")[2]
 
 
 def test_guard_job_measures_one_step_and_asks_nothing_of_the_run(bench: Bench) -> None:
