@@ -99,9 +99,9 @@ class DataSection:
     mix: Path
     """Data-mix YAML, relative to the run YAML."""
     build_dir: Path | None = None
-    """Folder of the built shards, relative to the run YAML. Without it a small input is built when
-    the run starts, in data/MIX-FINGERPRINT of the current directory; of a larger one the build is
-    looked for in data/, whatever its folder is called."""
+    """Folder of the built shards, relative to the run YAML. Without it the build is looked for in
+    data/ of the current directory, whatever its folder is called; a small input that is not built
+    is built in data/MIX-FINGERPRINT when the run starts."""
     auto_build_limit_bytes: int = 256 * 2**20
     """Largest input in bytes that a run builds by itself."""
     accept_stale_build: bool = False

@@ -28,10 +28,10 @@ from data_pipeline.build.build import build
 from data_pipeline.build.found_builds import (
     DEFAULT_ROOT,
     can_be_read,
+    found_or_default,
     input_bytes,
     load_built_mix,
     matching_builds,
-    resolve_build_dir,
 )
 from data_pipeline.build.origin import compare
 from data_pipeline.config.mix_config import MixConfig
@@ -124,7 +124,7 @@ def build_folder(settings: DataSection, mix: MixConfig) -> Path:
     limit = settings.auto_build_limit_bytes
     if settings.build_dir is None and not can_be_read(mix, limit):
         return _folder_by_names(settings, mix)
-    folder = resolve_build_dir(mix, settings.build_dir)
+    folder = settings.build_dir or found_or_default(mix)
     if folder.exists():
         return folder
     if not can_be_read(mix, limit):

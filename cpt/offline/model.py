@@ -24,13 +24,7 @@ from cpt.model.weights.source import WeightSource, fill_model
 from cpt.parallel.agreement import gather_json, together
 from cpt.parallel.topology import Topology
 from cpt.training.loader import MicroBatch
-from data_pipeline.build.found_builds import (
-    NotBuilt,
-    find_build,
-    load_built_mix,
-    matching_builds,
-    resolve_build_dir,
-)
+from data_pipeline.build.found_builds import found_or_default, load_built_mix, matching_builds
 from data_pipeline.build.origin import absent_sources, compare
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData
@@ -77,10 +71,7 @@ def _default_build(mix: MixConfig) -> Path:
         DataError: an input file cannot be read.
     """
     if not absent_sources(mix):
-        try:
-            return find_build(mix)
-        except NotBuilt:
-            return resolve_build_dir(mix, None)
+        return found_or_default(mix)
     found = matching_builds(mix)
     if len(found) > 1:
         raise ConfigError(

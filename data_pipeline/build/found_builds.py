@@ -52,6 +52,21 @@ def resolve_build_dir(
     return DEFAULT_ROOT / f"{mix.name}-{_fingerprint(mix, notes, workers)[:10]}"
 
 
+def found_or_default(mix: MixConfig) -> Path:
+    """Return the build of a mix in `DEFAULT_ROOT`, or the default directory where there is none.
+
+    All files of the mix are read for it.
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    wanted = _fingerprint(mix, None, 1)
+    for path, of_build in builds_by_names(mix).items():
+        if of_build == wanted:
+            return path
+    return DEFAULT_ROOT / f"{mix.name}-{wanted[:10]}"
+
+
 def find_build(
     mix: MixConfig,
     build_dir: Path | None = None,

@@ -440,6 +440,9 @@ def test_default_build_of_much_input_is_found_without_reading_it(
     (own_copy / "data").mkdir()
     built = own_copy / "data" / "named-by-a-person"
     (own_copy / "built").rename(built)
+    # what is small enough to be built at the start is not built again
+    assert dry_run(*default) == 0
+    assert "drawn tokens" in capsys.readouterr().out
     text = own_copy / "text.jsonl"
     content = text.read_bytes()
     text.write_bytes(content.replace(b"brown", b"green"))
