@@ -49,7 +49,7 @@ if [[ "${CUDA_VISIBLE_DEVICES:-}" == GPU-* || "${CUDA_VISIBLE_DEVICES:-}" == MIG
 fi
 
 refuse_temporary_files() {
-    refuse "no file can be written in ${TMPDIR:-/tmp} of $HOSTNAME. Free space there, or set TMPDIR in $CPT_ENV_FILE to a folder" \
+    refuse "no file can be written in ${TMPDIR:-/tmp} of $HOSTNAME. Free space there, or export TMPDIR in $CPT_ENV_FILE as a folder" \
         "that every node has; a container sees those in CPT_BINDS."
 }
 
