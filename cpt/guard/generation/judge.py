@@ -146,8 +146,16 @@ class GenerationJudge:
         return after
 
     def returned(self, saved: Json, lost: Json) -> Json:
-        """Return the saved state: the prompts of the looks after it are asked again."""
-        return saved
+        """Return the saved state, in which nothing counts where prompts are asked again.
+
+        Those of the looks after it helped to prove the loss from which the run went back, so they
+        are no fresh ones.
+        """
+        asked_again = []
+        for name, known in lost.items():
+            if name in saved and known["look"] > saved[name]["look"]:
+                asked_again.append(name)
+        return self.restarted(saved, asked_again)
 
 
 def _known_statistics(stored: Json, look: int, pass_number: int) -> dict[str, list[float]]:

@@ -240,6 +240,21 @@ def test_a_look_that_is_repeated_counts_once_and_a_new_pass_begins_anew(
     assert generation.restarted(once, ["maths"])["maths"]["after"] == {}
 
 
+def test_a_run_that_goes_back_to_a_checkpoint_bets_anew_on_prompts_that_it_asks_again(
+    workplace: Path, model: FakeModel
+) -> None:
+    generation = open_yardstick(workplace, names=["maths"])
+    judged(generation, 0)
+    model.num_wrong = 24
+    saved = judged(generation, INTERVAL).state
+    lost = judged(generation, 2 * INTERVAL, saved).state
+    after = generation.returned(saved, lost)
+    again = judged(generation, 2 * INTERVAL, after).state["maths"]
+    assert again["before"] == {} and again["after"] != lost["maths"]["after"]
+    assert generation.returned(saved, saved) == saved
+    assert generation.returned({}, lost) == {}
+
+
 def test_the_untouched_model_is_asked_once_and_read_after_that(
     workplace: Path, model: FakeModel
 ) -> None:
