@@ -61,7 +61,8 @@ def found_or_default(mix: MixConfig) -> Path:
         DataError: one of them cannot be read.
     """
     wanted = _fingerprint(mix, None, 1)
-    for path, of_build in builds_by_names(mix).items():
+    # the others are not looked at once it is found
+    for path, of_build in _builds_that_fit(mix, _manifests(mix), (DataError, ConfigError)):
         if of_build == wanted:
             return path
     return DEFAULT_ROOT / f"{mix.name}-{wanted[:10]}"
