@@ -12,6 +12,7 @@ from typing import Any
 
 from cpt.config.block_parts import block_problems
 from cpt.config.engine_json import OWN_KEYS, REFUSED_KEYS
+from cpt.config.exchange_problems import halo_problem, head_groups_problem, overlap_problem
 from cpt.config.layout import SizeChooser, Wanted, divides, expert_rules, sequence_rules
 from cpt.config.moment_blocks import moment_block_problems
 from cpt.config.offload_blocks import OFFLOADS
@@ -78,8 +79,8 @@ class _Resolver:
             raise ConfigError(self.problems)
         micro_batch_size, accumulation = self._batch_sizes(sp_size)
         use_halo = self._use_halo(sp_size)
-        self._check_overlap(ep_size)
-        self._check_head_groups(sp_size)
+        self._note(overlap_problem(self.run.model, self.model, ep_size))
+        self._note(head_groups_problem(self.run.model, self.model, sp_size))
         self._check_agreement()
         self._check_blocks()
         engine_json = self._engine_json(micro_batch_size, accumulation)
@@ -153,33 +154,13 @@ class _Resolver:
     def _use_halo(self, sp_size: int) -> bool:
         wanted = self.run.model.window_exchange
         shortest = min(self.run.train.seq_len, self.measured_seq_len)
-        local_tokens = shortest // sp_size
+        self._note(halo_problem(self.run.model, self.model, sp_size, shortest))
         reach = window_tokens(self.model) - 1
-        if sp_size == 1:
-            return False
-        if wanted == "halo" and local_tokens < reach:
-            self.problems.append(
-                f"model.window_exchange=halo needs {reach} tokens on each rank, but train.seq_len "
-                f"{shortest} / sequence_parallel_size {sp_size} is {local_tokens}. "
-                "Use auto or ulysses."
-            )
-        return wanted != "ulysses" and local_tokens >= reach
+        return sp_size > 1 and wanted != "ulysses" and shortest // sp_size >= reach
 
-    def _check_overlap(self, ep_size: int) -> None:
-        if self.run.model.expert_overlap == "none":
-            return
-        experts = self.model.num_local_experts
-        if ep_size == 1:
-            self.problems.append(
-                "model.expert_overlap=halves overlaps the exchange of experts' rows, but with one "
-                "rank of experts (expert_parallel) nothing is exchanged. Use none."
-            )
-        elif experts // ep_size < 2:
-            self.problems.append(
-                "model.expert_overlap=halves needs at least two experts on each rank, but "
-                f"{experts} experts / expert_parallel.autoep_size {ep_size} is "
-                f"{experts // ep_size}. Use none, or an autoep_size of at most {experts // 2}."
-            )
+    def _note(self, problem: str | None) -> None:
+        if problem is not None:
+            self.problems.append(problem)
 
     def _check_blocks(self) -> None:
         self.problems += block_problems(
@@ -191,23 +172,6 @@ class _Resolver:
         self.problems += moment_block_problems(
             self.run.train.optimizer_state, self.model, world_size=self.launch.world_size
         )
-
-    def _check_head_groups(self, sp_size: int) -> None:
-        groups = self.run.model.ulysses_groups
-        if groups <= 1:
-            return
-        heads = max(1, self.model.num_key_value_heads // sp_size)
-        if sp_size == 1:
-            self.problems.append(
-                f"model.ulysses_groups={groups} exchanges heads in groups, but with "
-                "sequence_parallel_size 1 none are exchanged. Use 1."
-            )
-        elif heads % groups:
-            self.problems.append(
-                f"model.ulysses_groups={groups} does not divide the {heads} key/value heads of a "
-                f"rank ({self.model.num_key_value_heads} / sequence_parallel_size {sp_size}, at "
-                "least 1). Use 1, or a divisor."
-            )
 
     def _batch_sizes(self, sp_size: int) -> tuple[int, int]:
         """Return (micro batch size, accumulation steps)."""

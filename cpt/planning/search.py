@@ -19,6 +19,7 @@ from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.config.block_parts import block_problems
+from cpt.config.exchange_problems import halo_problem, head_groups_problem, overlap_problem
 from cpt.errors import ConfigError
 from cpt.planning.estimate import Estimate, estimate, estimate_if_it_fits
 from cpt.planning.hardware import Assumptions, Gpu
@@ -161,7 +162,7 @@ def layouts(
     """
     choices = itertools.product(
         _sp_sizes(run, model, world_size),
-        _ep_sizes(model, world_size),
+        _ep_sizes(run, model, world_size),
         _stages(run, model, world_size),
         MICRO_BATCH_SIZES,
         CHECKPOINTING,
@@ -195,23 +196,30 @@ def _stages(run: RunYaml, model: GptOssConfig, world_size: int) -> list[int]:
 
 
 def _sp_sizes(run: RunYaml, model: GptOssConfig, world_size: int) -> list[int]:
-    """Return the sequence-parallel sizes that divide ranks, heads and rows."""
+    """Return the sequence-parallel sizes that divide ranks, heads and rows as the run cuts them."""
     heads = model.num_attention_heads
     kv_heads = model.num_key_value_heads
+    seq_len = run.train.seq_len
     sizes = []
     for size in range(1, min(heads, world_size) + 1):
-        divides_all = world_size % size == heads % size == run.train.seq_len % size == 0
-        if divides_all and (kv_heads % size == 0 or size % kv_heads == 0):
+        if world_size % size or heads % size or seq_len % size:
+            continue
+        if kv_heads % size and size % kv_heads:
+            continue
+        groups = head_groups_problem(run.model, model, size)
+        halo = halo_problem(run.model, model, size, seq_len)
+        if groups is None and halo is None:
             sizes.append(size)
     return sizes
 
 
-def _ep_sizes(model: GptOssConfig, world_size: int) -> list[int]:
-    """Return the expert-parallel sizes that divide ranks and experts."""
+def _ep_sizes(run: RunYaml, model: GptOssConfig, world_size: int) -> list[int]:
+    """Return the expert-parallel sizes that divide ranks and experts as the run overlaps them."""
     experts = model.num_local_experts
     sizes = []
     for size in range(1, min(experts, world_size) + 1):
-        if world_size % size == experts % size == 0:
+        divides_both = world_size % size == experts % size == 0
+        if divides_both and overlap_problem(run.model, model, size) is None:
             sizes.append(size)
     return sizes
 

@@ -238,6 +238,31 @@ def test_120b_needs_the_host_on_8_and_16_gpus_of_80_gb_and_nothing_but_gpus_on_6
     assert found[64][0].places == Places()
 
 
+@pytest.mark.parametrize(
+    ("setting", "seq_len", "sp_sizes", "ep_sizes"),
+    [
+        ({"expert_overlap": "halves"}, 4096, {1, 2, 4, 8, 16, 32}, {2, 4, 8, 16}),
+        ({"ulysses_groups": 2}, 4096, {2, 4}, {1, 2, 4, 8, 16, 32}),
+        ({"window_exchange": "halo"}, 512, {1, 2, 4}, {1, 2, 4, 8, 16, 32}),
+    ],
+)
+def test_search_leaves_out_the_sizes_that_a_start_with_such_an_exchange_refuses(
+    setting: dict[str, Any], seq_len: int, sp_sizes: set[int], ep_sizes: set[int]
+) -> None:
+    """The model has 32 experts, 8 key/value heads, and a window of 128 tokens."""
+    config, counts = model("gpt-oss-20b")
+    run = run_of(seq_len, 512)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **setting))
+    tried = list(layouts(run, config, 32))
+    assert {one.sp_size for one in tried} == sp_sizes
+    assert {one.ep_size for one in tried} == ep_sizes
+    first_of_sizes = {(one.sp_size, one.ep_size): one for one in reversed(tried)}
+    for one in first_of_sizes.values():
+        as_config(one, run, config, 32)
+    found = search(run, config, counts, 32, H100, ASSUMED)
+    assert found is not None and found[1].fits
+
+
 # the command
 
 
@@ -303,6 +328,15 @@ def test_configuration_that_does_not_start_is_told_beside_the_best_layout(capsys
         and "global_batch_size=64 rows" in printed
     )
     assert "best found" in printed and '"sequence_parallel_size": 2' in printed
+
+
+def test_files_that_exchange_experts_in_halves_stand_beside_the_best_layout(capsys: Any) -> None:
+    assert (
+        plan("--gpus", "8", "--model", "gpt-oss-20b", "--set", "model.expert_overlap=halves") == 0
+    )
+    printed = capsys.readouterr().out
+    assert "as configured" in printed and "best found" in printed
+    assert "does not start" not in printed
 
 
 def test_weights_that_are_not_here_need_the_name_of_their_architecture(capsys: Any) -> None:
