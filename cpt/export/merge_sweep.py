@@ -23,7 +23,7 @@ from cpt.offline.model import OfflineModel
 from cpt.offline.pieces import kept_pieces, partial_folder
 from cpt.offline.rank_options import RankOptions
 from cpt.offline.ranks import offline_ranks
-from cpt.offline.scored_sets import SetScorer
+from cpt.offline.scored_sets import SetScorer, identity_of_sets
 from cpt.resilience.environment import rank_of_environment
 from cpt.resilience.faults import fault_point
 from data_pipeline.charts import (
@@ -118,7 +118,7 @@ def _identity(pair: Pair, sets: Sequence[ScoredSet], model: OfflineModel) -> dic
         "command": "merge",
         "base": model_hash(pair.base.path, pair.base.files),
         "tuned": model_hash(pair.tuned.path, pair.tuned.files),
-        "sets": {domain.name: domain.content_hash() for domain in sets},
+        "sets": identity_of_sets(sets),
         "computed_in": str(model.dtype).removeprefix("torch."),
     }
 

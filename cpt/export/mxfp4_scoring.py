@@ -41,7 +41,7 @@ from cpt.offline.model import OfflineModel, held_out_sets
 from cpt.offline.pieces import Pieces, kept_pieces, partial_folder
 from cpt.offline.rank_options import RankOptions
 from cpt.offline.ranks import OfflineRanks, check_fit, offline_ranks
-from cpt.offline.scored_sets import SetScorer
+from cpt.offline.scored_sets import SetScorer, identity_of_sets
 from cpt.resilience.faults import fault_point
 from data_pipeline.store.files import sha256_of
 
@@ -251,7 +251,7 @@ def _identity(
         "checkpoint": sha256_of(request.folder / MANIFEST),
         "step": request.manifest.step,
         "base": None if base is None else base.hash,
-        "sets": {domain.name: domain.content_hash() for domain in sets},
+        "sets": identity_of_sets(sets),
         "computed_in": str(model.dtype).removeprefix("torch."),
     }
 

@@ -6,13 +6,18 @@ left. A model whose sets are all scored is not loaded at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.model.weights.source import WeightSource
 from cpt.offline.model import OfflineModel
 from cpt.offline.pieces import ItemSeries, Pieces, Report
+
+
+def identity_of_sets(sets: Iterable[ScoredSet]) -> list[list[str]]:
+    """Return name and content hash of each set, in their order: pieces are named by place in it."""
+    return [[domain.name, domain.content_hash()] for domain in sets]
 
 
 class SetScorer:

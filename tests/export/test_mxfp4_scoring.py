@@ -301,6 +301,23 @@ def test_killed_scoring_goes_on_where_it_was_and_ends_with_the_same_files(
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
+def test_scores_kept_before_the_domains_of_the_mix_changed_places_are_of_other_work(
+    small_steps: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A piece is named by the place of its domain: Japanese scores would be told as English."""
+    out = tmp_path / "out"
+    assert main(command(small_steps, out, "--score_rules")) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(mxfp4_scoring, "held_out_sets", lambda *arguments: TEXTS[::-1])
+    export = command(small_steps, out, "--score", "always", "--exponent", "ceil")
+    assert main(export) == 78
+    assert 'sets was [["japanese", ' in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_weights_that_are_not_finite_are_refused_before_they_are_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
