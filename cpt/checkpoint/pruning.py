@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from cpt.checkpoint.manifest import MANIFEST
-from cpt.checkpoint.reader import list_steps, refusal_of, step_folder
+from cpt.checkpoint.reader import list_steps, refusal_of, refusal_unread, step_folder
 from cpt.config import CheckpointSection
 from cpt.resilience.faults import fault_point
 
@@ -31,7 +31,7 @@ class Retention:
         self._run_dir = run_dir
         self._settings = settings
         self._thread: threading.Thread | None = None
-        self._is_interrupted = False
+        self._is_in_haste = False
         self._sound: set[int] = set()
         self._loaded: int | None = None
         self.kept: int | None = None
@@ -58,14 +58,15 @@ class Retention:
         if self._thread is not None:
             self._thread.join(max_seconds)
 
-    def interrupt(self) -> None:
-        """Wait for deletions that have begun, and read no further checkpoint for others.
+    def hurry(self, max_seconds: float | None = None) -> None:
+        """Wait for deletions, for so long at most, and read no older checkpoint for them.
 
-        What would have to be read to delete more stays until the next checkpoint is published.
+        One that is not read to its end is taken for sound if its files have the sizes that its
+        manifest says. The one that was just published, and the one that was loaded, were verified.
         """
-        self._is_interrupted = True
-        self.close()
-        self._is_interrupted = False
+        self._is_in_haste = True
+        self.close(max_seconds)
+        self._is_in_haste = False
 
     def _prune(self, newest: int) -> None:
         protected = {newest}
@@ -87,10 +88,11 @@ class Retention:
         Those that this run wrote or loaded are. Others are read once, in the background.
         """
         if step not in self._sound:
+            folder = step_folder(self._run_dir, step)
             try:
-                reason = refusal_of(step_folder(self._run_dir, step), self._check_time)
+                reason = refusal_of(folder, self._check_time)
             except ReadingInterrupted:
-                return False
+                return refusal_unread(folder) is None
             if reason is not None:
                 log.warning("an older checkpoint is damaged and does not count as kept: %s", reason)
                 return False
@@ -98,7 +100,7 @@ class Retention:
         return True
 
     def _check_time(self) -> None:
-        if self._is_interrupted:
+        if self._is_in_haste:
             raise ReadingInterrupted
 
 

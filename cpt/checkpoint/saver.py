@@ -137,8 +137,7 @@ class Saver:
             step: Optimizer steps done.
             state: JSON values to restore besides the tensors.
             keep: Keep this checkpoint from deletion, once it is published, until another one is.
-            in_haste: Do not wait until older checkpoints are read, which may have to be before more
-                of them are deleted.
+            in_haste: Do not wait until older checkpoints are read to find out which may be deleted.
 
         Raises:
             StorageError: a rank could not write; nothing was published and nothing older was
@@ -280,11 +279,13 @@ class Saver:
             linked_bytes=save.linked_bytes,
         )
 
-    def close(self, max_seconds: float | None = None) -> None:
-        """Wait for deletions, for so long at most; no other rank is needed, so this may be called
-        in any state.
-        """
-        self._retention.close(max_seconds)
+    def close(self) -> None:
+        """Wait for deletions; no other rank is needed, so this may be called in any state."""
+        self._retention.close()
+
+    def close_in_haste(self, max_seconds: float) -> None:
+        """Wait for deletions, for so long at most, and do not read older checkpoints for them."""
+        self._retention.hurry(max_seconds)
 
     def _is_complete(self, save: SaveInProgress) -> bool:
         return on_first_rank(
@@ -293,7 +294,7 @@ class Saver:
 
     def _prepare(self, save: SaveInProgress, *, in_haste: bool = False) -> None:
         if in_haste:
-            self._retention.interrupt()
+            self._retention.hurry()
         else:
             self._retention.close()
         fault_point("save_stage", save.step)

@@ -92,12 +92,17 @@ def write_guard_rollbacks(run_dir: Path, states: list[dict[str, Any]]) -> None:
     write_json(run_dir / GUARD_FILE, states, indent=1)
 
 
-def read_guard_pause(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """Return the guard's state at its last pause, if that was at this step."""
+def take_guard_pause(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """Return the guard's state at its last pause, if that was at this step.
+
+    A run that is at an earlier step has gone back, and meets that pause no more: it is removed.
+    """
     path = run_dir / PAUSE_FILE
     if not path.exists():
         return None
     noted = read_json(path, LARGE_BYTES, follow_links=False)
+    if noted["step"] > step:
+        path.unlink()
     state: dict[str, Any] | None = noted["state"] if noted["step"] == step else None
     return state
 
@@ -116,9 +121,9 @@ def newest_guard_state(
 ) -> dict[str, Any] | None:
     """Return the guard's state of a checkpoint, or a later one at the same step.
 
-    A checkpoint that was saved before a pause or a rollback does not know of it. The state of the
-    pause itself is the newest one only if the run stayed there, or was killed on its way back: it
-    goes on from the pause again.
+    A checkpoint that was saved before a pause or a rollback does not know of it; one that was saved
+    after the look of its step does. The state of the pause itself is the newest one only if the run
+    stayed there, or was killed on its way back: it goes on from the pause again.
 
     Args:
         saved: State in the checkpoint.
@@ -129,8 +134,38 @@ def newest_guard_state(
     known = (saved or {}).get("rollbacks", 0)
     if went_on:
         return rollbacks[-1] if len(rollbacks) > known else saved
-    if pause is not None and pause["rollbacks"] == known:
+    if pause is not None and pause["rollbacks"] == known and not _has_look(saved, pause):
         saved = pause
     if (saved or {}).get("paused") and len(rollbacks) == known + 1:
         return saved
     return rollbacks[-1] if len(rollbacks) > known else saved
+
+
+def _has_look(saved: dict[str, Any] | None, pause: dict[str, Any]) -> bool:
+    """Return whether a checkpoint of the step of a pause knows of a look at that step."""
+    step = max(reading["step"] for reading in pause["readings"].values())
+    return any(reading["step"] == step for reading in (saved or {}).get("readings", {}).values())
+
+
+def known_at(
+    step: int, state: dict[str, Any] | None, saved: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Return what of the guard's state may be known at a step.
+
+    A state after a rollback is of the step that the guard went back to. A run that goes back
+    further has not measured that step yet, and has no checkpoint of it.
+
+    Args:
+        step: Optimizer steps done.
+        state: What `newest_guard_state` returned.
+        saved: State in the checkpoint.
+    """
+    if state is None:
+        return None
+    readings = state.get("readings", {})
+    known = {name: reading for name, reading in readings.items() if reading["step"] <= step}
+    green_step = state.get("green_step")
+    if known == readings and (green_step is None or green_step <= step):
+        return state
+    before = (saved or {}).get("green_step")
+    return {**state, "readings": known, "green": False, "green_step": before}

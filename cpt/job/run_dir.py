@@ -270,12 +270,17 @@ def room_needed(
         for_good = {saved for saved in every if saved % kept.keep_every_steps == 0}
     # one more than is kept exists while a checkpoint is written
     newest = set(every[-(kept.keep_last + 1) :])
-    there = newest | for_good
+    # the one that this start comes from is never deleted by it
+    there = newest | for_good | ({step} & set(existing))
+    # nor is the one that the guard goes back to, which may be older than the newest
+    num_green = int(
+        config.guard.enabled and config.guard.policy == "act" and len(every) > len(there)
+    )
     export = 0
     if config.telemetry.export_at_end:
         export = EXPORT_BYTES * sum(numels.values())
     return RoomNeeded(
-        num_checkpoints=max(1, len(there) - len(existing)),
+        num_checkpoints=max(1, len(there) + num_green - len(existing)),
         checkpoint_bytes=checkpoint_bytes(config, numels),
         num_for_good=len(for_good - newest - set(existing)),
         export_bytes=export,

@@ -96,7 +96,7 @@ def leave(job: Job) -> NoReturn:
     deadline = Deadline(seconds, f"saving step {job.progress.step} before leaving")
     save_last(job, in_haste=True)
     deadline.cancel()
-    job.saver.close(deadline.seconds_left())  # a deletion may be cut off anywhere
+    job.saver.close_in_haste(deadline.seconds_left())  # a deletion may be cut off anywhere
     stopped = RequeueRequested(
         f"stopped on request after step {job.progress.step}: {reason}. Saved; start again to go on."
     )

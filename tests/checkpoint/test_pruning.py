@@ -113,9 +113,11 @@ def test_set_aside_ones_go_once_they_are_replaced(run_dir: Path) -> None:
     assert left == {".superseded-step-00000060-2", ".tmp-step-00000070"}
 
 
-def test_an_interrupted_reading_deletes_nothing_and_the_next_publication_reads_again(
+def test_in_haste_a_checkpoint_is_taken_for_sound_by_the_sizes_of_its_files(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with open(step_folder(run_dir, 30) / "__0_0.distcp", "ab") as file:
+        file.write(b"more")
     began = threading.Event()
 
     def read_for_ever(folder: Path, at_chunk: Callable[[], None]) -> None:
@@ -129,11 +131,14 @@ def test_an_interrupted_reading_deletes_nothing_and_the_next_publication_reads_a
         slow.setattr(pruning, "refusal_of", read_for_ever)
         kept.note_published(40)
         assert began.wait(60)
-        kept.interrupt()
-    assert list_steps(run_dir) == [40, 30, 20, 10]
-    kept.note_published(40)
-    kept.close()
-    assert list_steps(run_dir) == [40, 30, 20]
+        kept.hurry()
+    assert list_steps(run_dir) == [40, 30, 20, 10], "three are sound besides 30"
+    write_checkpoint(run_dir, 50)
+    with monkeypatch.context() as slow:
+        slow.setattr(pruning, "refusal_of", read_for_ever)
+        kept.note_published(50)
+        kept.hurry()
+    assert list_steps(run_dir) == [50, 40, 30, 20]
 
 
 def test_a_system_without_threads_is_a_warning(

@@ -302,5 +302,5 @@ def test_a_save_in_haste_does_not_wait_until_an_older_checkpoint_is_read(
         saving = in_thread(lambda: second.save_now(5, {}, in_haste=True))
         saving.join(LONG)
         assert not saving.is_alive(), "it waits for a reading that does not end"
-        second.close()
+        second.close_in_haste(LONG)
     assert list_steps(tmp_path) == [5, 4, 3], "three are known to be sound, so 2 goes unread"

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from cpt.config import CheckpointSection, RunConfig
+from cpt.config import CheckpointSection, GuardSection, RunConfig
 from cpt.errors import ConfigError, StorageError
 from cpt.job.run_dir import RoomNeeded, existing_folder, make_run_dir, probe, room_needed
 from cpt.telemetry.metrics import append_bytes
@@ -37,12 +37,14 @@ def needed(
     step: int = 0,
     existing: Collection[int] = (),
     export: bool = False,
+    guard: GuardSection | None = None,
     **kept: Any,
 ) -> RoomNeeded:
     config = SimpleNamespace(
         checkpoint=CheckpointSection(**kept),
         train=SimpleNamespace(total_steps=last, stop_at_step=None, freeze=(), optimizer="adamw"),
         telemetry=SimpleNamespace(export_at_end=export),
+        guard=guard or GuardSection(enabled=False),
     )
     return room_needed(cast(RunConfig, config), NUMELS, step, existing)
 
@@ -58,6 +60,10 @@ def needed(
         pytest.param({"interval_steps": 10, "existing": (80, 90), "step": 90}, 1, id="there"),
         pytest.param({"interval_steps": 10, "existing": (80, 90), "step": 80}, 1, id="gone-back"),
         pytest.param({"interval_steps": 0, "existing": (100,), "step": 100}, 1, id="done"),
+        pytest.param({"interval_steps": 10, "existing": (10, 20), "step": 20}, 2, id="came-from"),
+        pytest.param({"interval_steps": 10, "guard": GuardSection()}, 4, id="guard-goes-back"),
+        pytest.param({"interval_steps": 10, "guard": GuardSection(policy="warn")}, 3, id="warns"),
+        pytest.param({"interval_steps": 60, "guard": GuardSection()}, 2, id="all-are-kept"),
     ],
 )
 def test_checkpoints_that_lie_there_at_one_time_are_counted(

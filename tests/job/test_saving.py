@@ -53,7 +53,7 @@ class FakeSaver:
     def keep(self, step: int) -> None:
         self.kept = step
 
-    def close(self, max_seconds: float | None = None) -> None:
+    def close_in_haste(self, max_seconds: float) -> None:
         self.calls.append(("close", max_seconds))
 
     def expected_bytes(self) -> int:
