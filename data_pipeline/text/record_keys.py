@@ -71,8 +71,12 @@ def refuse_unknown_keys(given: dict[str, Any], known: Set[str], kind: str) -> No
     """
     for key, value in given.items():
         if key not in known and not says_nothing(value):
-            name = repr(key[:_MAX_KEY_CHARACTERS])
-            raise UnusableRecordError(f"{UNKNOWN_KEY} {name} in a {kind}")
+            raise UnusableRecordError(f"{UNKNOWN_KEY} {shown_key(key)} in a {kind}")
+
+
+def shown_key(key: str) -> str:
+    """Return the beginning of a key, as reasons name it."""
+    return repr(key[:_MAX_KEY_CHARACTERS])
 
 
 def says_nothing(value: Any) -> bool:

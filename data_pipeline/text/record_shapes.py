@@ -12,7 +12,9 @@ Decisions
     `openai` gives a meaning to (weight, parts, function_call) is not guessed: such a record is
     rejected, and the reason names the key.
     Text that a person or a model said before a call, in a turn of its own as ShareGPT has it, is
-    the preamble of that call and not an answer.
+    the preamble of that call and not an answer. What both turns say becomes one message; a record
+    whose turns say different things under one key is rejected, and so is a turn with another text
+    under `content` than under `value`.
 
 Sources: OpenAI's API reference, Chat Completions and fine-tuning (`weight`); LLaMA-Factory,
     data/README.md (tags of ShareGPT, `system`, `tools`, `history`); Stanford Alpaca (fields).
@@ -39,6 +41,7 @@ from data_pipeline.text.record_keys import (
     is_blank,
     refuse_unknown_keys,
     says_nothing,
+    shown_key,
 )
 
 Record = dict[str, Any]
@@ -200,7 +203,8 @@ def _from_sharegpt(record: Record, ignored_keys: Sequence[str]) -> Record:
         message = _sharegpt_message(turn)
         if message.get("tool_calls") and preamble is not None and preamble is messages[-1]:
             message = _joined(messages.pop(), message)
-        is_answer = message.get("role") == "assistant" and "tool_calls" not in message
+        has_calls = not says_nothing(message.get("tool_calls"))
+        is_answer = message.get("role") == "assistant" and not has_calls
         preamble = message if is_answer else None
         messages.append(message)
     return {**_common(record), "messages": messages}
@@ -215,22 +219,45 @@ def _sharegpt_message(turn: Record) -> Record:
     role = ROLES.get(tag) if isinstance(tag, str) else None
     if role is None:
         raise UnusableRecordError("turn of an unknown 'from'")
+    if message.get("role") == tag:
+        del message["role"]
     if role != "call":
-        return {**message, "role": role, "content": value}
+        message = _with_value(message, "role", role)
+        return _with_value(message, "content", value)
     try:
         calls = json.loads(value)
     except (TypeError, ValueError):
         raise UnusableRecordError("function_call that is no JSON") from None
     if not isinstance(calls, list):
         calls = [calls]
-    return {**message, "role": "assistant", "tool_calls": calls}
+    message = _with_value(message, "role", "assistant")
+    return _with_value(message, "tool_calls", calls)
 
 
 def _joined(preamble: Record, call: Record) -> Record:
     """Return one message of a text and of the calls in the next turn."""
     if preamble.get("loss") != call.get("loss"):
         raise UnusableRecordError("a call with another 'loss' than the text before it")
-    return {**preamble, **call}
+    message = preamble
+    for key, value in call.items():
+        message = _with_value(message, key, value)
+    return message
+
+
+def _with_value(message: Record, key: str, value: Any) -> Record:
+    """Return a message with a value under a key that says nothing else there.
+
+    A value that says nothing replaces none that does: tables give all rows the same keys.
+
+    Raises:
+        UnusableRecordError: the message says something else under the key.
+    """
+    own = message.get(key)
+    if is_blank(own) or says_nothing(own):
+        return {**message, key: value}
+    if is_blank(value) or says_nothing(value) or value == own:
+        return message
+    raise UnusableRecordError(f"turn with two different values of {shown_key(key)}")
 
 
 def _from_alpaca(record: Record, template: str | None) -> Record:

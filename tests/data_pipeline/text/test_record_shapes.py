@@ -100,6 +100,61 @@ def test_sharegpt_with_calls_gives_the_same_conversation() -> None:
     assert tokens_of(read(without_preamble)) == expected([WITH_CALL[0], call, *WITH_CALL[2:]])
 
 
+THINKING = "I should look it up."
+
+
+def turns_with_call(preamble: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+    """Return a record in which a text and a call stand in turns of their own."""
+    turns = [
+        share_turn("human", "Weather?"),
+        {**share_turn("gpt", "I look."), **preamble},
+        {**share_turn("function_call", CALL_AS_TEXT), **call},
+        share_turn("observation", "sunny"),
+        share_turn("gpt", "It is sunny."),
+    ]
+    return {"conversations": turns, "tools": [TOOL]}
+
+
+@pytest.mark.parametrize(
+    ("preamble", "call"),
+    [
+        ({"reasoning_content": THINKING}, {"reasoning_content": None, "content": ""}),
+        ({"reasoning_content": THINKING, "tool_calls": None}, {}),
+        ({"reasoning_content": None}, {"reasoning_content": THINKING, "content": "I look."}),
+        ({"thinking": THINKING}, {"thinking": THINKING, "role": "function_call"}),
+        ({"thinking": THINKING, "value": None, "content": "I look."}, {"role": "assistant"}),
+    ],
+)
+def test_a_call_of_sharegpt_keeps_what_was_said_and_thought_in_the_turn_before_it(
+    preamble: dict[str, Any], call: dict[str, Any]
+) -> None:
+    record = turns_with_call(preamble, call)
+    found = read(record, turns="each", loss="assistant")
+    messages = copy.deepcopy(WITH_CALL)
+    messages[1]["thinking"] = THINKING
+    same = read({"messages": messages, "tools": [TOOL]}, turns="each", loss="assistant")
+    assert found == same
+    assert len(found.turns) == 1
+    assert THINKING in [message.text for message in next(found.conversations()).messages]
+
+
+@pytest.mark.parametrize(
+    ("preamble", "call", "key"),
+    [
+        ({"thinking": THINKING}, {"thinking": "No."}, "thinking"),
+        ({}, {"content": "Wait."}, "content"),
+        ({"content": "Wait."}, {}, "content"),
+        ({"role": "user"}, {}, "role"),
+        ({}, {"tool_calls": CALLS}, "tool_calls"),
+    ],
+)
+def test_a_turn_of_sharegpt_that_says_two_things_under_one_key_is_rejected(
+    preamble: dict[str, Any], call: dict[str, Any], key: str
+) -> None:
+    found = read(turns_with_call(preamble, call))
+    assert found.rejects == (f"turn with two different values of {key!r}",)
+
+
 @pytest.mark.parametrize("shape", ["auto", "alpaca"])
 def test_alpaca_gives_the_same_conversation(shape: Shape) -> None:
     record = {"instruction": "Q2", "input": "", "output": "A2", "system": "Be kind."}
