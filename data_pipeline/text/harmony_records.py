@@ -103,7 +103,7 @@ def whole_conversation(record: dict[str, Any], ignored_keys: Sequence[str] = ())
         if message.get("function_call") or message.get("role") == "function":
             raise UnusableRecordError(OLD_CALLS)
     refuse_unknown_keys(record, {*RECORD_KEYS, *METADATA_KEYS}, "record")
-    effort = record.get("reasoning_effort", "medium")
+    effort = _or_default(record.get("reasoning_effort"), "medium")
     if effort not in EFFORTS:
         raise UnusableRecordError(f"reasoning_effort is not one of {', '.join(EFFORTS)}")
     tools = _tools_of(record.get("tools"))
@@ -123,6 +123,16 @@ def whole_conversation(record: dict[str, Any], ignored_keys: Sequence[str] = ())
 
 def _without(given: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if key not in keys}
+
+
+def _or_default(value: Any, default: str) -> Any:
+    """Return a value, or the default in place of null, which tables write where a key is absent."""
+    return default if value is None else value
+
+
+def _is_function(given: dict[str, Any]) -> bool:
+    """Return whether the `type` of a tool or call, if it has one, is that of a function."""
+    return bool(_or_default(given.get("type"), "function") == "function")
 
 
 def _date_of(value: Any) -> datetime.date:
@@ -154,7 +164,7 @@ def _tools_of(value: Any) -> list[Tool]:
     tools: list[Tool] = []
     for given in value:
         if isinstance(given, dict) and isinstance(given.get("function"), dict):
-            if given.get("type", "function") != "function":
+            if not _is_function(given):
                 raise UnusableRecordError("tool that is no function")
             refuse_unknown_keys(given, {"type", "function"}, "tool")
             given = given["function"]
@@ -168,7 +178,7 @@ def _tools_of(value: Any) -> list[Tool]:
 
 
 def _tool_of(given: Any, keys: Set[str]) -> Tool:
-    if not isinstance(given, dict) or given.get("type", "function") != "function":
+    if not isinstance(given, dict) or not _is_function(given):
         raise UnusableRecordError("tool that is no function")
     refuse_unknown_keys(given, keys, "tool")
     description = given.get("description")
@@ -349,7 +359,7 @@ def _loss_of(message: dict[str, Any]) -> bool:
 
 def _call_of(call: Any) -> tuple[str | None, str, Any]:
     """Return (id or None, name, arguments) of one of `tool_calls`, as OpenAI gives it, or plain."""
-    if not isinstance(call, dict) or call.get("type", "function") != "function":
+    if not isinstance(call, dict) or not _is_function(call):
         raise UnusableRecordError("tool call that is no call of a function")
     function = call.get("function")
     if isinstance(function, dict):

@@ -171,6 +171,17 @@ def test_metadata_and_values_that_say_nothing_reject_no_record() -> None:
     assert tokens_of(*messages, **record) == tokens_of(QUESTION, ANSWER)
 
 
+def test_null_under_a_known_key_counts_as_absent() -> None:
+    typeless = [{**CALLS["tool_calls"][0], "type": None}]
+    plain = {"name": "f", "description": "F.", "type": None}
+    wrapped = {"type": None, "function": {"name": "f", "description": "F."}}
+    expected = tokens_of(QUESTION, CALL, RESULT, BARE, tools=[{"name": "f", "description": "F."}])
+    for tool in (plain, wrapped):
+        messages = (QUESTION, {**CALL, "tool_calls": typeless}, RESULT, BARE)
+        nulls = {"reasoning_effort": None, "current_date": None}
+        assert tokens_of(*messages, tools=[tool], **nulls) == expected
+
+
 def test_the_page_lists_the_metadata_that_is_passed_over() -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     for key in METADATA_KEYS:
