@@ -22,11 +22,12 @@ from typing import Any
 from data_pipeline.config.decontamination_config import MIN_WHOLE_TOKENS
 from data_pipeline.config.document_hook import has_hook_file
 from data_pipeline.config.mix_config import MixConfig
-from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
+from data_pipeline.config.source_config import CLUSTER_PLACES, FILE_FORMATS, SourceConfig
 from data_pipeline.engine.executor import Executor
 from data_pipeline.errors import StorageError
 from data_pipeline.objects.object_paths import is_address
 from data_pipeline.reading import units
+from data_pipeline.reading.clusters import KEY_RULES_VERSION
 from data_pipeline.reading.document import COPIES_BY
 from data_pipeline.reading.hooks import hook_rules
 from data_pipeline.reading.input_files import HashNotes, Inputs, look_at_inputs, read_inputs
@@ -168,6 +169,8 @@ def _source_rules(source: SourceConfig) -> Rules:
         rules |= _conversation_rules(source)
     if source.cluster_by is not None:
         rules["cluster_by"] = source.cluster_by
+        if source.cluster_by not in CLUSTER_PLACES:
+            rules["cluster_rules"] = KEY_RULES_VERSION
     if source.filters:
         rules["filters"] = [dataclasses.asdict(rule) for rule in source.filters]
     if source.hook is not None:

@@ -38,6 +38,7 @@ from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.config.source_config import CLUSTER_PLACES, SourceConfig, suffix_format
 from data_pipeline.parts.near_duplicates import NUM_HASHES, SHINGLE_TOKENS
 from data_pipeline.parts.part import SHARD, VERSION, Account, Part, make_part
+from data_pipeline.reading.clusters import KEY_RULES_VERSION
 from data_pipeline.reading.document import COPIES_BY
 from data_pipeline.reading.hooks import hook_rules
 from data_pipeline.store import shards
@@ -173,6 +174,8 @@ def _identity(part: Part) -> Identity:
         identity["signatures"] = [NUM_HASHES, SHINGLE_TOKENS]
     if source.cluster_by in CLUSTER_PLACES:
         identity["paths"] = [str(path) for path in part.unit.paths]
+    elif source.cluster_by is not None:
+        identity["cluster_rules"] = KEY_RULES_VERSION
     return json.loads(json.dumps(identity))  # type: ignore[no-any-return]
 
 

@@ -11,6 +11,7 @@ The build keeps no name and no hash: equal documents give an equal build whereve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,17 @@ from urllib.parse import urlsplit
 import numpy as np
 import xxhash
 
+from data_pipeline.config.record_filters import plain_value
 from data_pipeline.store.hashing import Hashes64
 from data_pipeline.store.packing import Integers
 from data_pipeline.text.record_keys import find_field
 
+KEY_RULES_VERSION = 2
+"""Version of the rules by which the value of a key names a cluster.
+
+It belongs to the fingerprint of a build and to what a part is known by, so a change of what a value
+names must raise it.
+"""
 NO_CLUSTER = 0
 """Cluster of a document that belongs to no other."""
 
@@ -42,11 +50,22 @@ def cluster_of(cluster_by: str | None, path: str, record: Mapping[str, Any]) -> 
     elif cluster_by == "folder":
         name = str(Path(path).parent)
     else:
-        value = find_field(record, cluster_by)
-        if not isinstance(value, str) or not value.strip():
-            return NO_CLUSTER
-        name = host_of(value.strip())
+        name = _name_in(find_field(record, cluster_by))
+    if not name:
+        return NO_CLUSTER
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass")) or 1
+
+
+def _name_in(value: Any) -> str:
+    """Return the name of a cluster in the value of a key, in which 3, 3.0 and "3" are the same.
+
+    It is empty if the value is absent, or names nothing.
+    """
+    if isinstance(value, str):
+        return host_of(value.strip())
+    if isinstance(value, float) and math.isnan(value):
+        return ""
+    return plain_value(value) if isinstance(value, (int, float)) else ""
 
 
 def host_of(value: str) -> str:

@@ -134,6 +134,21 @@ def test_what_touches_the_text_makes_its_parts_anew(
     assert found.hash == built(changed, tmp_path / "without").hash
 
 
+def test_other_rules_of_keys_make_the_parts_anew_whose_clusters_keys_name(
+    mix: MixConfig,
+    tmp_path: Path,
+    cache: Path,
+    made: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    by_key = with_source(mix, cluster_by="id")
+    built(by_key, tmp_path / "first", cache)
+    made.clear()
+    monkeypatch.setattr(part_cache, "KEY_RULES_VERSION", 99)
+    built(by_key, tmp_path / "second", cache)
+    assert made == ["ja"]
+
+
 def test_every_field_of_a_source_is_decided_later_or_belongs_to_the_part() -> None:
     names = {field.name for field in dataclasses.fields(SourceConfig)}
     assert names > _DECIDED_LATER

@@ -110,11 +110,38 @@ def test_build_without_clusters_and_a_build_from_before_have_documents_of_their_
     assert not list(built.directory.rglob("clusters.npy"))
 
 
-def test_source_that_names_no_cluster_keeps_its_fingerprint(tmp_path: Path) -> None:
+def test_rules_of_keys_belong_to_the_fingerprint_of_sources_that_name_one(tmp_path: Path) -> None:
     path = write_input(tmp_path, "jsonl")
     (without,) = build_rules(load_mix(write_mix(tmp_path, path)))["sources"]
-    (with_it,) = build_rules(load_mix(write_mix(tmp_path, path, cluster_by="url")))["sources"]
-    assert "cluster_by" not in without and with_it == {**without, "cluster_by": "url"}
+    (by_key,) = build_rules(load_mix(write_mix(tmp_path, path, cluster_by="url")))["sources"]
+    (by_file,) = build_rules(load_mix(write_mix(tmp_path, path, cluster_by="file")))["sources"]
+    assert "cluster_by" not in without and by_file == {**without, "cluster_by": "file"}
+    assert by_key == {**without, "cluster_by": "url", "cluster_rules": 2}
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_whole_numbers_name_clusters(tmp_path: Path, file_format: str) -> None:
+    rows = []
+    for number, record in enumerate(records()):
+        rows.append({"text": record["text"], "site_id": number % 3 + 7})
+    if file_format == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "web.parquet")
+    else:
+        (tmp_path / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    built = built_from(write_mix(tmp_path, f"web.{file_format}", cluster_by="site_id"))
+    assert built.manifest.sources[0].notes == {}
+    assert len(set(built.held_out[0].document_clusters.tolist())) == 3
+
+
+@pytest.mark.parametrize("value", [None, " ", float("nan"), ["a"], {"a": 1}])
+def test_what_names_nothing_gives_no_cluster(value: Any) -> None:
+    assert cluster_of("site", "", {"site": value}) == NO_CLUSTER
+
+
+def test_a_number_and_its_text_name_one_cluster() -> None:
+    found = {cluster_of("site", "", {"site": value}) for value in (3, 3.0, "3", " 3 ")}
+    assert len(found) == 1 and NO_CLUSTER not in found
+    assert cluster_of("site", "", {"site": 0}) != NO_CLUSTER
 
 
 def test_equal_documents_give_an_equal_build_wherever_they_lie(tmp_path: Path) -> None:
