@@ -353,6 +353,11 @@ class SourceConfig:
                 yield key, f"is given, but format: {self.format} has no fields. Remove it."
         if self.hook is not None and self.format in ("harmony", "mock"):
             yield "hook", f"is given, but format: {self.format} has no plain text. Remove it."
+        if self.min_characters is not None and self.format == "harmony":
+            yield (
+                "min_characters",
+                "is given, but format: harmony has no plain text. Set min_tokens in its place.",
+            )
         for name in self.keep:
             if not is_field_name(name) or self.keep.count(name) > 1:
                 yield "keep", f"lists '{name}', which names no field, or one that it lists twice."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from decimal import Decimal
@@ -323,6 +324,14 @@ def test_a_condition_that_cannot_be_meant_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_mix({"en": make_texts(3, "en")}, sources={"en": {key: value}})
+
+
+def test_a_limit_of_characters_is_refused_where_there_is_no_plain_text(tmp_path: Path) -> None:
+    chat = source_of(tmp_path / "a.jsonl", format="harmony", min_characters=1000)
+    (problem,) = chat.check()
+    assert problem[0] == "min_characters" and "Set min_tokens" in problem[1]
+    assert not list(dataclasses.replace(chat, min_characters=None, min_tokens=9).check())
+    assert not list(dataclasses.replace(chat, format="auto").check())
 
 
 def test_conditions_belong_to_the_fingerprint_only_where_they_are_used(
