@@ -62,7 +62,15 @@ def halo_problem(wanted: ModelSection, model: Any, sp_size: int, shortest: int) 
     """
     reach = window_tokens(model) - 1
     local_tokens = shortest // sp_size
-    if wanted.window_exchange != "halo" or sp_size == 1 or local_tokens >= reach:
+    if wanted.window_exchange != "halo" or sp_size == 1:
+        return None
+    if not reach:
+        return (
+            "model.window_exchange=halo exchanges the edges of windows, but this model has no "
+            f"window of two keys or more (sliding_window {model.sliding_window}). "
+            "Use auto or ulysses."
+        )
+    if local_tokens >= reach:
         return None
     return (
         f"model.window_exchange=halo needs {reach} tokens on each rank, but train.seq_len "

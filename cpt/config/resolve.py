@@ -156,7 +156,7 @@ class _Resolver:
         shortest = min(self.run.train.seq_len, self.measured_seq_len)
         self._note(halo_problem(self.run.model, self.model, sp_size, shortest))
         reach = window_tokens(self.model) - 1
-        return sp_size > 1 and wanted != "ulysses" and shortest // sp_size >= reach
+        return sp_size > 1 and wanted != "ulysses" and 0 < reach <= shortest // sp_size
 
     def _note(self, problem: str | None) -> None:
         if problem is not None:

@@ -82,7 +82,7 @@ def presence_problems(folder: Path) -> list[str]:
         if not file.is_file():
             problems.append(
                 f"train.kl_targets: {file} does not exist. Put it back, or write the targets again "
-                "with cpt replay targets."
+                "with cpt kl_targets."
             )
     return problems
 

@@ -159,6 +159,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for piece, result in one.scatter(whole, weights.device, work.group):
                 scale = update_scale(work.maps[piece.block], self._section.update_rms)
                 weights.narrow(0, piece.start, piece.numel).add_(result, alpha=-rate * scale)
+                del result
+            del whole  # before the next round takes as much
 
     def _look_ahead(self, gradient: Any, momentum: torch.Tensor) -> torch.Tensor:
         """Return what is orthogonalized, in the memory of the gradient, and move the momentum."""

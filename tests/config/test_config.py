@@ -635,6 +635,16 @@ def test_halo_that_needs_more_than_one_neighbor_is_refused(files: Files) -> None
     assert "127 tokens" in problem and "126" in problem
 
 
+def test_model_without_a_window_has_no_edges_to_exchange(files: Files) -> None:
+    files.write_json(sequence_parallel_size=2)
+    model = preset("tiny")
+    model.sliding_window = None
+    model.layer_types = ["full_attention"] * model.num_hidden_layers
+    assert not files.config(2, model=model).use_halo
+    problem = only(files.problems(2, overrides={"model.window_exchange": "halo"}, model=model))
+    assert "this model has no window of two keys" in problem and "Use auto or ulysses" in problem
+
+
 def test_batch_that_does_not_divide_is_refused_with_the_neighbors_on_both_sides(
     files: Files,
 ) -> None:

@@ -5,6 +5,7 @@ Shape letters: R rows, E experts, M model size, I expert size.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -78,6 +79,28 @@ def test_product_with_packed_experts_has_the_bits_of_the_decoded_ones(
     found = product(rows, codes, groups, grouped=grouped)
     assert codes.shape == values.shape
     assert torch.equal(found, product(rows, values, groups, grouped=grouped))
+
+
+@pytest.mark.parametrize("experts_at_a_time", [3], indirect=True)
+def test_one_piece_of_decoded_experts_is_held_at_a_time(
+    experts_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    at_a_time = []
+
+    def decode(matrices: PackedMatrices, dtype: torch.dtype) -> torch.Tensor:
+        at_a_time.append(len(held) + 1)
+        values = original(matrices, dtype)
+        held.add(values)
+        return values
+
+    original = PackedMatrices.decoded
+    monkeypatch.setattr(PackedMatrices, "decoded", decode)
+    codes, _ = packed_and_decoded(INPUTS, OUTPUTS, torch.float32)
+    counts = torch.tensor(COUNTS["all experts have rows"])
+    rows = draw(int(counts.sum()), INPUTS, dtype=torch.float32)
+    product(rows, codes, Groups(counts), grouped=False)
+    assert at_a_time == [1, 1, 1]
 
 
 @every_dtype

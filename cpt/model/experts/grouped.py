@@ -110,6 +110,7 @@ def _product_with_packed(
             continue
         decoded = packed_EKN[piece].decoded(rows_RK.dtype)
         out_RN[rows] = multiply(rows_RK[rows], decoded, Groups(counts_E[piece]))
+        del decoded  # before the next piece takes as much
     return out_RN
 
 
