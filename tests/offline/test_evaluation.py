@@ -396,6 +396,15 @@ def test_harness_tasks_are_scored_judged_and_refused_like_local_ones(
     assert (verdict["lost"], verdict["won"], verdict["method"]) == (60, 0, "mcnemar")
 
 
+def test_a_harness_metric_that_is_no_share_is_refused_with_its_value(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tasks(folder, [HARNESS])
+    stand_in(monkeypatch, 2340)
+    with pytest.raises(DataError, match=r"task 'hs': 'acc,none' is 2.34, .* Choose a metric that"):
+        evaluate(ExportedModel(folder), folder / "tasks.yaml", folder / "base.json", None)
+
+
 OWN_TASK = """
 task: own_choice
 dataset_path: json

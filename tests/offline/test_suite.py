@@ -307,6 +307,73 @@ def test_samples_of_a_group_of_the_harness_become_its_answers(tmp_path: Path) ->
         collected(tmp_path, suite)
 
 
+def write_harness(folder: Path, metric: str, value: float, marks: list[float]) -> None:
+    """Write the tree of a run of lm-evaluation-harness whose task is gsm8k."""
+    folder.mkdir(parents=True, exist_ok=True)
+    key = f"{metric},none"
+    found = {
+        "results": {"gsm8k": {key: value}},
+        "n-samples": {"gsm8k": {"effective": 4}},
+    }
+    (folder / f"results_{DATE}.json").write_text(json.dumps(found))
+    lines = []
+    for number, mark in enumerate(marks):
+        sample = harness_sample(number, True, "none") | {metric: mark}
+        lines.append(json.dumps(sample) + "\n")
+    (folder / f"samples_gsm8k_{DATE}.jsonl").write_text("".join(lines))
+
+
+def test_marks_of_the_harness_are_divided_by_the_highest_too(tmp_path: Path) -> None:
+    marks = HARNESS | {"metric": "score"}
+    suite = suite_of(tmp_path, marks | {"highest": 100})
+    write_harness(tmp_path / "gsm8k" / "m", "score", 62.5, [100, 50, 75, 25])
+    done(tmp_path / "gsm8k", suite)
+    score = collected(tmp_path, suite)
+    assert score.value == 62.5 and score.per_document == (1.0, 0.5, 0.75, 0.25)
+    assert score.stderr is not None
+
+
+@pytest.mark.parametrize(
+    ("value", "marks", "told"),
+    [
+        (62.5, [100, 50, 75, 25], "62.5"),  # marks of up to 100
+        (23.4, [], "23.4"),  # BLEU or a perplexity, which have no value for a document
+        (0.5, [2, 0, 0, 0], "2"),
+    ],
+)
+def test_a_metric_of_the_harness_that_is_no_share_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, marks: list[float], told: str
+) -> None:
+    suite = suite_of(tmp_path, HARNESS | {"metric": "score"})
+    write_harness(tmp_path / "gsm8k" / "m", "score", value, marks)
+    done(tmp_path / "gsm8k", suite)
+    served_directory(tmp_path)
+    files = ("--suite", tmp_path / "suite.yaml", "--results", tmp_path)
+    model = ("--model", tmp_path / "served", "--out", tmp_path / "result.json")
+    assert main(["suite", "collect", *map(str, (*files, *model))]) == 65
+    error = capsys.readouterr().err
+    assert f"'score,none' is {told}, must be between 0 and 1. Set highest" in error
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("tool", ["lm_eval", "lighteval"])
+def test_marks_of_another_highest_are_not_compared_and_need_no_other_run(
+    tmp_path: Path, tool: str
+) -> None:
+    benchmark = HARNESS | {"metric": "score"}
+    write_harness(tmp_path / "gsm8k" / "m", "score", 0.5, [1, 0, 1, 0])
+    if tool == "lighteval":
+        benchmark = BENCHMARK
+        write_details(tmp_path / "gpqa", "swallow|gpqa:diamond", [row(1, {"extractive_match": 1})])
+    contents = []
+    for highest in (1, 10):
+        suite = suite_of(tmp_path, benchmark | {"highest": highest})
+        if highest == 1:
+            done(tmp_path / benchmark["name"], suite)
+        contents.append(collected(tmp_path, suite).content)
+    assert contents[0] != contents[1]
+
+
 def test_what_was_run_with_other_settings_is_neither_kept_nor_collected(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, BENCHMARK)
     folder = tmp_path / "gpqa"

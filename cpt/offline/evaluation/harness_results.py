@@ -30,6 +30,7 @@ def score_of_results(
     found: Json,
     samples: Mapping[str, Sequence[Json]],
     settings: Sequence[Any] = (),
+    highest: float | None = None,
 ) -> Score:
     """Return the score of a task or group of tasks.
 
@@ -41,9 +42,11 @@ def score_of_results(
         found: Output of the harness.
         samples: Its samples by task; none if they were not kept.
         settings: All else that decides the score, for `Score.content`.
+        highest: Value of the metric if all is right; None if it must be a share.
 
     Raises:
-        DataError: the harness has no such task or metric.
+        DataError: the harness has no such task or metric, or its value is not between 0 and
+            `highest`.
     """
     results = found["results"]
     if task not in results:
@@ -54,9 +57,13 @@ def score_of_results(
     for leaf in tasks:
         documents += int(found["n-samples"][leaf]["effective"])
     per_document, hashes = _documents(tasks, key, samples)
+    scale = highest or 1.0
+    value /= scale
+    per_document = tuple([mark / scale for mark in per_document])
     # an aggregate that is no mean over documents, such as F1, cannot be compared one by one
     if per_document and abs(math.fsum(per_document) / len(per_document) - value) > TOLERANCE:
         per_document = ()
+    _refuse_no_share(name, key, highest, (value, *per_document))
     version = found.get("versions", {}).get(task)
     content = [task, key, version, documents, hashes, *settings]
     return Score(
@@ -67,6 +74,20 @@ def score_of_results(
         content=hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest(),
         per_document=per_document,
     )
+
+
+def _refuse_no_share(name: str, key: str, highest: float | None, shares: Sequence[float]) -> None:
+    """Refuse a metric of which a value is no share; what is not a number counts as dropped."""
+    scale = highest or 1.0
+    for share in shares:
+        if share < 0 or share > 1:
+            cure = "Choose a metric that is a share of right answers."
+            if highest is not None:
+                cure = "Set highest, or choose a metric of which more is better."
+            raise DataError(
+                f"task '{name}': '{key}' is {share * scale:g}, must be between 0 and {scale:g}. "
+                f"{cure}"
+            )
 
 
 def leaf_tasks(task: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:

@@ -127,10 +127,19 @@ class Suite:
         return {benchmark.name: benchmark.max_drop for benchmark in self.benchmarks}
 
     def settings_of(self, benchmark: Benchmark) -> list[Any]:
-        """Return all that decides the score of a benchmark, besides the model and the documents."""
+        """Return all that decides what a benchmark finds, besides the model and the documents."""
         asking = asdict(self.asking)
         del asking["prompt_tokens"]
         return [benchmark.tool, benchmark.api, benchmark.num_fewshot, benchmark.limit, asking]
+
+    def content_settings_of(self, benchmark: Benchmark) -> list[Any]:
+        """Return what must be equal, besides the documents, where two scores are compared.
+
+        Marks are divided by `highest` when they are collected, so another one needs no other run.
+        Where it is 1 it is left out, and results of before there was this rule stay comparable.
+        """
+        settings = self.settings_of(benchmark)
+        return settings if benchmark.highest == 1 else [*settings, benchmark.highest]
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for each broken rule across benchmarks."""

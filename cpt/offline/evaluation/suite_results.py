@@ -61,7 +61,7 @@ def collect(suite: Suite, out: Path, model: Path, step: int | None) -> Result:
     versions: dict[str, str] = {}
     for benchmark in suite.benchmarks:
         folder = out / benchmark.name
-        settings = suite.settings_of(benchmark)
+        settings = suite.content_settings_of(benchmark)
         if benchmark.tool == "lm_eval":
             score, version = _lm_eval_score(benchmark, folder, settings)
         else:
@@ -119,6 +119,7 @@ def _lm_eval_score(benchmark: Benchmark, folder: Path, settings: list[Any]) -> t
         found,
         samples,
         settings,
+        benchmark.highest,
     )
     return score, str(found.get("lm_eval_version", "unknown"))
 
