@@ -38,7 +38,8 @@ def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) ->
     Args:
         mix_file: The data-mix YAML.
         build_dir: Directory of its build; None for the default one.
-        max_documents: Documents scored per set.
+        max_documents: Documents scored per set at most; of each cluster of documents that belong
+            together (`cluster_by`, turns of a conversation) it is one.
 
     Raises:
         ConfigError: the mix is wrong, not built, or holds nothing out.
@@ -56,8 +57,9 @@ def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) ->
     sets = []
     for domain in data.held_out:
         if domain.num_documents:
-            order, _ = drawing_order(domain.document_clusters)
-            sets.append(ScoredSet(domain, order[:max_documents]))
+            order, num_clusters = drawing_order(domain.document_clusters)
+            # intervals take documents for independent ones, which those of a cluster are not
+            sets.append(ScoredSet(domain, order[: min(max_documents, num_clusters)]))
     if not sets:
         raise ConfigError(f"{mix_file} holds no document out. Give its sources a held_out_share.")
     return sets

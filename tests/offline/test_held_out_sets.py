@@ -12,6 +12,7 @@ from cpt.errors import ConfigError
 from cpt.offline.model import held_out_sets
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_file import load_mix
+from data_pipeline.dataset import BuiltData
 
 
 @pytest.fixture
@@ -34,6 +35,30 @@ def test_a_whole_build_is_scored_without_its_raw_files(mix_file: Path, named: bo
     build(load_mix(mix_file), folder, progress=False)
     (mix_file.parent / "web.jsonl").unlink()
     assert [found.name for found in held_out_sets(mix_file, build_dir, 100)] == ["web"]
+
+
+def test_one_document_of_a_cluster_is_scored_as_the_others_say_little_more(mix_file: Path) -> None:
+    """Of 40 texts of 8 sites half are held out; intervals take those that are scored for
+    independent ones.
+    """
+    lines = []
+    for number in range(40):
+        lines.append(
+            json.dumps({"text": f"Text number {number}.", "site": f"{number % 8}.example"})
+        )
+    (mix_file.parent / "web.jsonl").write_text("\n".join(lines) + "\n")
+    mix = yaml.safe_load(mix_file.read_text())
+    mix["sources"][0]["cluster_by"] = "site"
+    mix_file.write_text(yaml.safe_dump(mix))
+    build(load_mix(mix_file), Path("built"), progress=False)
+    (held_out,) = BuiltData.open(Path("built"), verify=False).held_out
+    num_clusters = len(set(held_out.document_clusters.tolist()))
+    assert 1 < num_clusters < held_out.num_documents
+    (scored,) = held_out_sets(mix_file, Path("built"), 100)
+    drawn = held_out.document_clusters[scored.documents].tolist()
+    assert len(set(drawn)) == len(drawn) == num_clusters
+    (fewer,) = held_out_sets(mix_file, Path("built"), 2)
+    assert fewer.documents.tolist() == scored.documents[:2].tolist()
 
 
 def test_a_build_in_data_is_found_whatever_its_folder_is_called(mix_file: Path) -> None:
