@@ -29,12 +29,18 @@ def append_text(folder: Path, rank: int, text: str) -> None:
 def append_stacks(folder: Path, rank: int, heading: str) -> None:
     """Add the stacks of all threads of this process to its file, below a heading.
 
+    `faulthandler` keeps the interpreter while it writes. Written to a disk that does not answer,
+    stacks would stop every thread, so they go by way of memory.
+
     Raises:
         OSError: as from `append_text`.
     """
+    with os.fdopen(os.memfd_create("stacks"), "rb") as memory:
+        faulthandler.dump_traceback(memory, all_threads=True)
+        memory.seek(0)
+        stacks = memory.read()
     with _opened(folder, rank) as descriptor:
-        os.write(descriptor, f"{escaped_text(heading)}\n".encode())
-        faulthandler.dump_traceback(descriptor, all_threads=True)
+        os.write(descriptor, f"{escaped_text(heading)}\n".encode() + stacks)
 
 
 @contextlib.contextmanager

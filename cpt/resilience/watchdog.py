@@ -59,6 +59,7 @@ from cpt.resilience.processes import is_own_process, kernel_report_of, send_sign
 from cpt.resilience.ruling import Ruling
 from cpt.resilience.signed_store import SignedStore
 from cpt.resilience.stack_files import append_stacks, append_text
+from cpt.resilience.time_limit import at_most
 from data_pipeline.escaping import escaped_line
 
 LEAVE_SECONDS = 10.0
@@ -389,8 +390,8 @@ class Watchdog:
         if rank in ruling.hung_ranks:
             _say(f"rank {rank} runs again; it stands in {self._location()}")
         if ruling.kind == "hung":
-            with contextlib.suppress(OSError):  # a full disk must not keep a hung run alive
-                self._write_stacks(ruling)
+            # A full disk, or one that does not answer, must not keep a hung run alive.
+            at_most(LEAVE_SECONDS / 2, lambda: self._write_stacks(ruling), "watchdog stacks")
             if self._ruling is None:
                 # The store answers once rank 0 runs again, and rank 0 must find the ruling there.
                 self._rule(ruling)
@@ -432,16 +433,8 @@ class Watchdog:
     def _keep(self, ruling: Ruling) -> None:
         """Record a ruling, unless the file system does not answer in time."""
         record = self._record
-        if record is None:
-            return
-
-        def write() -> None:
-            with contextlib.suppress(OSError):
-                record(ruling)
-
-        thread = threading.Thread(target=write, name="watchdog record", daemon=True)
-        thread.start()
-        thread.join(LEAVE_SECONDS / 2)
+        if record is not None:
+            at_most(LEAVE_SECONDS / 2, lambda: record(ruling), "watchdog record")
 
     def _leave_last(self) -> None:
         """Wait until every rank is about to leave.

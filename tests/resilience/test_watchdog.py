@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,8 @@ from cpt.resilience.phase import PhaseClock
 from cpt.resilience.ruling import Ruling
 from cpt.resilience.stack_files import append_stacks, append_text
 from cpt.resilience.watchdog import Watchdog, _say, is_lost_peer
+
+HUNG = Ruling(kind="hung", rank=0, code=71, text="rank 1 hangs", hung_ranks=(1,))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ def test_node_without_a_sign_of_life_is_blamed_by_the_first_rank(tmp_path: Path)
 
 def test_connection_that_is_lost_after_a_ruling_makes_no_other_one(tmp_path: Path) -> None:
     watched = watchdog(tmp_path, rank=0)
-    watched._ruling = Ruling(kind="hung", rank=0, code=71, text="rank 1 hangs", hung_ranks=(1,))
+    watched._ruling = HUNG
     watched._told.set()
     watched._closed.set()  # in a run the watching thread ends the process instead
     watched.report_failure(LOST)
@@ -173,6 +178,66 @@ def test_line_that_cannot_be_written_does_not_stop_the_watchdog(
 
     monkeypatch.setattr("cpt.resilience.watchdog.os.write", full)
     _say("rank 1 does not answer")
+
+
+class Exits:
+    """Codes with which `os._exit` was called, in place of the end of this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.codes: list[int] = []
+        self.called = threading.Event()
+        monkeypatch.setattr("cpt.resilience.watchdog.os._exit", self._note)
+
+    def _note(self, code: int) -> None:
+        self.codes.append(code)
+        self.called.set()
+
+
+def test_rank_of_a_hung_run_leaves_if_the_file_system_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+    monkeypatch.setattr("cpt.resilience.watchdog.LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr("cpt.resilience.stack_files.make_folder", lambda folder: answer.wait(120))
+    exits = Exits(monkeypatch)
+    watched = watchdog(tmp_path, rank=2)
+    watched._all_leaving.set()
+    leaving = threading.Thread(target=watched._leave, args=(HUNG,), daemon=True)
+    leaving.start()
+    has_left = exits.called.wait(60)
+    answer.set()
+    leaving.join(60)  # a late one would meet the real os._exit
+    assert has_left and exits.codes == [71]
+
+
+STACKS_INTO_A_FULL_PIPE = """
+import contextlib, os, pathlib, threading
+from cpt.resilience import stack_files
+
+reader, writer = os.pipe()
+os.set_blocking(writer, False)
+with contextlib.suppress(BlockingIOError):
+    while True:
+        os.write(writer, bytes(4096))
+os.set_blocking(writer, True)
+os.read(reader, 4096)  # room for the heading, not for the stacks
+stack_files._opened = lambda folder, rank: contextlib.nullcontext(writer)
+
+def leave_from_a_deep_stack(num_frames):
+    if num_frames:
+        leave_from_a_deep_stack(num_frames - 1)
+    write = lambda: stack_files.append_stacks(pathlib.Path(), 0, "heading")
+    threading.Thread(target=write, daemon=True).start()
+    threading.Event().wait(0.2)
+    os._exit(71)
+
+leave_from_a_deep_stack(200)
+"""
+
+
+def test_stacks_that_cannot_be_written_stop_no_other_thread() -> None:
+    program = [sys.executable, "-c", STACKS_INTO_A_FULL_PIPE]
+    assert subprocess.run(program, timeout=120).returncode == 71
 
 
 class Talk:
