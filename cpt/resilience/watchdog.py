@@ -60,6 +60,7 @@ from cpt.resilience.ruling import Ruling
 from cpt.resilience.signed_store import SignedStore
 from cpt.resilience.stack_files import append_stacks, append_text
 from cpt.resilience.time_limit import at_most
+from cpt.resilience.voice import Voice
 from data_pipeline.escaping import escaped_line
 
 LEAVE_SECONDS = 10.0
@@ -105,6 +106,7 @@ class Watchdog:
             key: Signs what the ranks say to each other; the same on all ranks.
         """
         self._key = key
+        self._voice = Voice()
         self._stacks = run_dir / "stacks"
         self._topology = topology
         self._settings = settings
@@ -178,7 +180,7 @@ class Watchdog:
             return  # the store does not answer; the others will find out by themselves
         if self._ruling is not None and self._is_left_to_main_thread(self._ruling):
             if self._is_own(self._ruling) and not is_expected:
-                _say(own.text)
+                self._voice.say(own.text)
             self._leave_last()
             return
         self._closed.wait()  # until the watching thread has ended this process
@@ -239,7 +241,7 @@ class Watchdog:
         if self._rule(ruling) is not ruling:
             return
         if self._topology.rank < min(self._neighbors.ranks, default=self._topology.world_size):
-            _say(ruling.text)
+            self._voice.say(ruling.text)
             self._has_told_death = True
         if death.rank == 0:
             self._leave(ruling)  # the store died with it
@@ -286,7 +288,7 @@ class Watchdog:
         self._next_told *= 10
         if self._topology.rank != 0:
             return
-        _say(
+        self._voice.say(
             f"somebody writes into the store of this run, port {os.environ['MASTER_PORT']}: record "
             f"{name} is not one of this job ({why}). Such records are passed over, "
             f"{self._num_foreign} so far. Others can reach the port: see docs/security.md."
@@ -345,7 +347,7 @@ class Watchdog:
         now = time.monotonic()
         self._observer.see(now, beats, self._clock.median_step_seconds())
         for straggler in self._observer.take_stragglers():
-            _say(straggler.describe())
+            self._voice.say(straggler.describe())
             self._report(straggler.event())
         hang = self._observer.find_hang(now)
         if hang is not None:
@@ -382,13 +384,13 @@ class Watchdog:
         if ruling.kind == "killed":
             self._killed = {ruling.rank}
         if rank == ruling.rank:
-            _say(ruling.text)
+            self._voice.say(ruling.text)
         elif self._has_told_death:
             pass
         elif os.environ.get("LOCAL_RANK", "0") == "0":
-            _say(f"rank {rank} leaves: {ruling.text}")
+            self._voice.say(f"rank {rank} leaves: {ruling.text}")
         if rank in ruling.hung_ranks:
-            _say(f"rank {rank} runs again; it stands in {self._location()}")
+            self._voice.say(f"rank {rank} runs again; it stands in {self._location()}")
         if ruling.kind == "hung":
             # A full disk, or one that does not answer, must not keep a hung run alive.
             at_most(LEAVE_SECONDS / 2, lambda: self._write_stacks(ruling), "watchdog stacks")
@@ -498,12 +500,3 @@ def is_lost_peer(error: BaseException) -> bool:
     if isinstance(error, dist.DistError | ConnectionError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_PEER)
-
-
-def _say(text: str) -> None:
-    """Print one line, escaped, without logging, whose lock a hung thread may hold.
-
-    A line that cannot be written is dropped: the watchdog watches without being heard.
-    """
-    with contextlib.suppress(OSError):
-        os.write(2, f"watchdog: {escaped_line(text)}\n".encode())

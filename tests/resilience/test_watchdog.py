@@ -23,7 +23,7 @@ from cpt.resilience.neighbors import Death
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.ruling import Ruling
 from cpt.resilience.stack_files import append_stacks, append_text
-from cpt.resilience.watchdog import Watchdog, _say, is_lost_peer
+from cpt.resilience.watchdog import Watchdog, is_lost_peer
 
 HUNG = Ruling(kind="hung", rank=0, code=71, text="rank 1 hangs", hung_ranks=(1,))
 
@@ -170,16 +170,6 @@ def test_first_ruling_of_a_rank_holds(tmp_path: Path) -> None:
     assert watched._rule(Ruling(kind="failed", rank=2, code=70, text="later")) is first
 
 
-def test_line_that_cannot_be_written_does_not_stop_the_watchdog(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def full(descriptor: int, data: bytes) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("cpt.resilience.watchdog.os.write", full)
-    _say("rank 1 does not answer")
-
-
 class Exits:
     """Codes with which `os._exit` was called, in place of the end of this process."""
 
@@ -208,6 +198,25 @@ def test_rank_of_a_hung_run_leaves_if_the_file_system_does_not_answer(
     answer.set()
     leaving.join(60)  # a late one would meet the real os._exit
     assert has_left and exits.codes == [71]
+
+
+def test_rank_leaves_if_nobody_reads_its_standard_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drain = threading.Event()
+    monkeypatch.setattr("cpt.resilience.watchdog.LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr("cpt.resilience.voice.SAY_SECONDS", 0.1)
+    monkeypatch.setattr("cpt.resilience.voice.os.write", lambda file, data: drain.wait(120))
+    exits = Exits(monkeypatch)
+    watched = watchdog(tmp_path, rank=2)
+    watched._all_leaving.set()
+    ruling = Ruling(kind="killed", rank=1, code=137, text="rank 1 was killed", signal=9)
+    leaving = threading.Thread(target=watched._leave, args=(ruling,), daemon=True)
+    leaving.start()
+    has_left = exits.called.wait(60)
+    drain.set()
+    leaving.join(60)
+    assert has_left and exits.codes == [137]
 
 
 STACKS_INTO_A_FULL_PIPE = """
@@ -280,8 +289,3 @@ def test_stacks_follow_no_link_and_hold_nothing_that_steers_a_terminal(tmp_path:
     append_stacks(stacks, 3, "\x1b]0;owned\x07")
     text = (stacks / "rank-3.txt").read_text()
     assert text.startswith("\\x1b]0;owned\\x07\n") and "test_watchdog.py" in text
-
-
-def test_line_of_the_watchdog_is_escaped(capfd: pytest.CaptureFixture[str]) -> None:
-    _say("all\x1b[2J is \udcff\nwell")
-    assert capfd.readouterr().err == "watchdog: all\\x1b[2J is \\udcff\\nwell\n"
