@@ -28,7 +28,7 @@ from cpt.planning.adapter_work import AdapterWork
 from cpt.planning.flops import TokenFlops, flops_per_token
 from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.host_memory import host_memory
-from cpt.planning.host_work import Copies, copies
+from cpt.planning.host_work import Copies, copies, nvme_bytes
 from cpt.planning.host_work import update_seconds as host_update_seconds
 from cpt.planning.low_precision import EightBitWork, rounding_seconds
 from cpt.planning.matrix_updates import MUON_BYTES, orthogonalizing_seconds
@@ -285,9 +285,16 @@ def _busy_seconds(
 
 
 def _update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> dict[str, float]:
-    """Return the time of clipping and the update, which the memory that holds the state bounds."""
+    """Return the time of clipping and the update, which the memory that holds the state bounds, and
+    that of the disks, whatever lies there.
+    """
     if offloads(config, "optimizer"):
-        return host_update_seconds(config, counts, gpu)
-    moved = UPDATE_BYTES * trained_per_rank(config, counts)
-    moved += MUON_BYTES * (counts.by_muon // config.world_size)
-    return {"update": moved / gpu.attainable().memory_bytes_per_second}
+        seconds = {"update": host_update_seconds(config, counts, gpu)}
+    else:
+        moved = UPDATE_BYTES * trained_per_rank(config, counts)
+        moved += MUON_BYTES * (counts.by_muon // config.world_size)
+        seconds = {"update": moved / gpu.attainable().memory_bytes_per_second}
+    on_nvme = nvme_bytes(config, counts)
+    if on_nvme:
+        seconds["NVMe"] = on_nvme / gpu.nvme_bytes_per_second
+    return seconds

@@ -33,7 +33,13 @@ from cpt.config import RunConfig
 from cpt.planning.hardware import Gpu
 from cpt.planning.host_memory import is_page_locked, largest_sub_group
 from cpt.planning.matrix_updates import HOST_MUON_BYTES
-from cpt.planning.memory import ParameterCounts, offloads, optimizer_state, trained_per_rank
+from cpt.planning.memory import (
+    ParameterCounts,
+    offloads,
+    optimizer_state,
+    owned_per_rank,
+    trained_per_rank,
+)
 from cpt.storage.state_bytes import (
     FP32_BYTES,
     MomentForm,
@@ -77,8 +83,7 @@ def copies(config: RunConfig, counts: ParameterCounts, host: dict[str, int]) -> 
     out: float = micro_steps * host.get("layer inputs", 0)
     back: float = out
     if offloads(config, "param"):
-        owned = (counts.dense + counts.experts) / config.world_size
-        back += micro_steps * 2 * config.itemsize * owned
+        back += micro_steps * 2 * config.itemsize * owned_per_rank(config, counts)
     sums_out, sums_back = _sums(config)
     sum_bytes = FP32_BYTES * trained_per_rank(config, counts)
     return Copies(
@@ -103,8 +108,8 @@ def _sums(config: RunConfig) -> tuple[int, int]:
     return micro_steps, micro_steps
 
 
-def update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> dict[str, float]:
-    """Return the time of an update on the host by part.
+def update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> float:
+    """Return the time of an update on the host, without that of the disks.
 
     Args:
         config: A layout whose optimizer state is offloaded.
@@ -121,11 +126,7 @@ def update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> dict
         link_bytes += config.itemsize * trained
     if gradient_place(config.engine_json) == "device" and config.zero_stage == 3:
         link_bytes += FP32_BYTES * largest_sub_group(config, counts)
-    seconds = {"update": max(memory, cores) + link_bytes / gpu.pcie_bytes_per_second}
-    on_nvme = nvme_bytes(config, counts)
-    if on_nvme:
-        seconds["NVMe"] = on_nvme / gpu.nvme_bytes_per_second
-    return seconds
+    return max(memory, cores) + link_bytes / gpu.pcie_bytes_per_second
 
 
 def update_bytes(config: RunConfig, counts: ParameterCounts) -> int:
@@ -150,6 +151,7 @@ def nvme_bytes(config: RunConfig, counts: ParameterCounts) -> int:
             # a sum is read and written in every micro step, and read by the norm and by Adam
             moved += (2 * config.gradient_accumulation_steps + 2) * FP32_BYTES * trained
     if zero.get("offload_param", {}).get("device") == "nvme":
-        # gathered twice in every micro step, and written by the update
-        moved += (2 * config.gradient_accumulation_steps + 1) * config.itemsize * trained
+        # all are gathered twice in every micro step, and the update writes those that are trained
+        gathered = 2 * config.gradient_accumulation_steps * owned_per_rank(config, counts)
+        moved += config.itemsize * (gathered + trained)
     return moved

@@ -350,6 +350,11 @@ def trained_per_rank(config: RunConfig, counts: ParameterCounts) -> int:
     return (counts.trained_dense + counts.trained_experts) // config.world_size
 
 
+def owned_per_rank(config: RunConfig, counts: ParameterCounts) -> int:
+    """Return the parameters of a rank's partitions under ZeRO-3, frozen ones included."""
+    return (counts.dense + counts.experts) // config.world_size
+
+
 def offloads(config: RunConfig, what: str) -> bool:
     """Return whether `optimizer` or `param` is kept off the device."""
     return f"offload_{what}" in config.engine_json["zero_optimization"]

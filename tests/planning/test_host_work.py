@@ -114,10 +114,10 @@ def test_update_reads_and_writes_the_state_and_moves_the_weights() -> None:
     config = resolved(optimizer={})
     assert update_bytes(config, COUNTS) == 40 * TRAINED
     expected = TRAINED * 40 / 40e9 + TRAINED * 2 / 50e9
-    assert update_seconds(config, COUNTS, GPU) == {"update": pytest.approx(expected)}
+    assert update_seconds(config, COUNTS, GPU) == pytest.approx(expected)
     on_host = resolved(optimizer={}, param={})
     expected = TRAINED * 40 / 40e9
-    assert update_seconds(on_host, COUNTS, GPU) == {"update": pytest.approx(expected)}
+    assert update_seconds(on_host, COUNTS, GPU) == pytest.approx(expected)
 
 
 def test_moments_in_fewer_bytes_take_less_memory_and_more_of_the_cores() -> None:
@@ -127,17 +127,17 @@ def test_moments_in_fewer_bytes_take_less_memory_and_more_of_the_cores() -> None
     few = replace(GPU, host_cores=1.0)
     link = TRAINED * 2 / 50e9
     expected = TRAINED * ADAM_CORE_SECONDS["bf16"] + link
-    assert update_seconds(bf16, COUNTS, few)["update"] == pytest.approx(expected)
+    assert update_seconds(bf16, COUNTS, few) == pytest.approx(expected)
     many = replace(GPU, host_cores=100.0)
     expected = TRAINED * 32 / 40e9 + link
-    assert update_seconds(bf16, COUNTS, many)["update"] == pytest.approx(expected)
+    assert update_seconds(bf16, COUNTS, many) == pytest.approx(expected)
 
 
 def test_only_the_first_sub_group_of_gradients_on_the_device_is_waited_for() -> None:
     here = update_seconds(resolved(optimizer={"gradients": "device"}), COUNTS, GPU)
     there = update_seconds(resolved(optimizer={}), COUNTS, GPU)
     largest = largest_sub_group(resolved(optimizer={}), COUNTS)
-    assert here["update"] - there["update"] == pytest.approx(4 * largest / 50e9)
+    assert here - there == pytest.approx(4 * largest / 50e9)
 
 
 def test_state_on_nvme_is_read_and_written_by_the_disks() -> None:
@@ -153,6 +153,22 @@ def test_state_on_nvme_is_read_and_written_by_the_disks() -> None:
     faster = replace(gpu, nvme_bytes_per_second=4e9)
     other = estimate(device, MODEL, COUNTS, faster, Assumptions())
     assert one.step_seconds - other.step_seconds == pytest.approx(TRAINED * 24 / 4e9)
+
+
+@pytest.mark.parametrize("beside", [{}, {"optimizer": {}}], ids=["weights", "weights and state"])
+def test_frozen_weights_in_files_are_read_as_often_as_trained_ones(beside: dict[str, Any]) -> None:
+    """All weights are gathered twice in a micro step; the update writes those that are trained."""
+    config = resolved(param={"device": "nvme", "nvme_path": "runs/nvme"}, **beside)
+    owned = (COUNTS.dense + COUNTS.experts) // 8
+    assert nvme_bytes(config, COUNTS) == 2 * (2 * MICRO_STEPS * owned + TRAINED)
+    frozen = count_parameters(MODEL, ("model.layers.*.mlp.experts.*",))
+    trained = trained_per_rank(config, frozen)
+    assert trained < owned / 4
+    moved = 2 * (2 * MICRO_STEPS * owned + trained)
+    assert nvme_bytes(config, frozen) == moved
+    gpu = replace(GPU, nvme_bytes_per_second=2e9)
+    one = estimate(config, MODEL, frozen, gpu, Assumptions())
+    assert one.seconds["NVMe"] == pytest.approx(moved / 2e9)
 
 
 def fitted(config: RunConfig, gpu: Gpu) -> bool:
