@@ -11,7 +11,7 @@ The last two are counted from shapes and were not measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import GptOssConfig
@@ -35,13 +35,42 @@ LAUNCHES = {"forward": 3, "recompute": 3, "backward": 8}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenWork:
+    """What one token costs in the adapters of one kind, over all layers, by pass."""
+
+    row_values: tuple[float, ...]
+    """Values of rows that are read and written, in the order of LAUNCHES."""
+    flops: tuple[float, ...]
+    """FLOPs of products, likewise."""
+
+    @classmethod
+    def of(cls, matrices: Iterable[AdaptedMatrix], rows: int) -> TokenWork:
+        """Return the work of adapters beside matrices of which each takes `rows` rows a token."""
+        values = dict.fromkeys(LAUNCHES, 0.0)
+        flops = dict.fromkeys(LAUNCHES, 0.0)
+        for matrix in matrices:
+            # A reads what goes in; B writes its part, which is added to what comes out
+            forward = rows * (matrix.in_size + 4 * matrix.out_size)
+            products = rows * 2.0 * matrix.rank * (matrix.in_size + matrix.out_size)
+            values["forward"] += forward
+            flops["forward"] += products
+            if not matrix.name.endswith("down_proj"):  # its output is not needed again
+                values["recompute"] += forward
+                flops["recompute"] += products
+            # x A again and the gradients of A and B; that of the rows is made and added
+            values["backward"] += rows * (6 * matrix.in_size + 2 * matrix.out_size)
+            flops["backward"] += 2.5 * products
+        return cls(row_values=tuple(values.values()), flops=tuple(flops.values()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterWork:
     """What one token of a rank costs beside the weights that stay as they are."""
 
-    row_values: tuple[tuple[str, float], ...]
-    """Values of rows that are read and written for a token, by pass, over all layers."""
-    flops: tuple[tuple[str, float], ...]
-    """FLOPs of a token, by pass."""
+    of_attention: TokenWork
+    """Beside attention; each rank has as many tokens."""
+    of_experts: TokenWork
+    """Beside experts, whose busiest rank has more rows than the mean."""
     matrices: int
     """Adapted matrices."""
     layers: int
@@ -69,24 +98,11 @@ class AdapterWork:
         """
         if not matrices:
             return None
-        values = dict.fromkeys(LAUNCHES, 0.0)
-        flops = dict.fromkeys(LAUNCHES, 0.0)
-        for matrix in matrices:
-            rows = model.num_experts_per_tok if matrix.of_experts else 1
-            # A reads what goes in; B writes its part, which is added to what comes out
-            forward = rows * (matrix.in_size + 4 * matrix.out_size)
-            products = rows * 2.0 * matrix.rank * (matrix.in_size + matrix.out_size)
-            values["forward"] += forward
-            flops["forward"] += products
-            if not matrix.name.endswith("down_proj"):  # its output is not needed again
-                values["recompute"] += forward
-                flops["recompute"] += products
-            # x A again and the gradients of A and B; that of the rows is made and added
-            values["backward"] += rows * (6 * matrix.in_size + 2 * matrix.out_size)
-            flops["backward"] += 2.5 * products
         return cls(
-            row_values=tuple(values.items()),
-            flops=tuple(flops.items()),
+            of_attention=TokenWork.of([one for one in matrices if not one.of_experts], 1),
+            of_experts=TokenWork.of(
+                [one for one in matrices if one.of_experts], model.num_experts_per_tok
+            ),
             matrices=len(matrices),
             layers=model.num_hidden_layers,
             packed=packed / config.ep_size,
@@ -109,16 +125,19 @@ class AdapterWork:
         return changed
 
     def _of_adapters(self, share: Share) -> dict[str, Work]:
-        flops = dict(self.flops)
+        dense = self.of_attention
+        experts = self.of_experts
         works = {}
-        for name, values in self.row_values:
+        for index, (name, launches) in enumerate(LAUNCHES.items()):
+            flops = dense.flops[index] + share.imbalance * experts.flops[index]
+            values = dense.row_values[index] + share.imbalance * experts.row_values[index]
             works[name] = Work(
-                launches=LAUNCHES[name] * self.matrices,
-                flops=share.tokens * share.imbalance * flops[name],
+                launches=launches * self.matrices,
+                flops=share.tokens * flops,
                 window_flops=0.0,
                 product_bytes=0.0,
                 weight_bytes=0.0,
-                other_bytes=share.tokens * share.imbalance * values * self.itemsize,
+                other_bytes=share.tokens * values * self.itemsize,
             )
         return works
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.model.configuration import load_config
+from cpt.planning.adapter_work import ADAPTERS, AdapterWork
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.fit import Card
 from cpt.planning.hardware import GPUS, Assumptions
 from cpt.planning.memory import GIB, counts_of, device_memory
 from cpt.planning.peak_rates import utilization
+from cpt.planning.step_work import Share
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 
 MODELS = {name: load_config(None, name) for name in ("tiny", "gpt-oss-20b", "gpt-oss-120b")}
@@ -148,6 +151,28 @@ def test_a_step_of_adapters_is_faster_and_decoding_takes_a_part_of_that() -> Non
     assert packed.parts["experts: decoding"] > 0
     # two thirds of the operations are left: no gradients of weights
     assert adapted.flops.experts == pytest.approx(whole.flops.experts * 2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("targets", "factors"),
+    [(("attention",), {1.0}), (("experts",), {3.0}), (("attention", "experts"), {})],
+)
+def test_only_adapters_of_experts_wait_for_the_busiest_rank(
+    targets: tuple[str, ...], factors: set[float]
+) -> None:
+    config = resolved("gpt-oss-20b", {**LORA, "targets": list(targets)}, gpus=8, ep=8)
+    model = MODELS["gpt-oss-20b"]
+    adapters = AdapterWork.of(config, model, counts_of(config, model).adapted, 0)
+    assert adapters is not None
+    balanced = Share(tokens=4096, attention_flops=0.0, window_flops=0.0, ep_size=8)
+    even = adapters.changed({}, balanced)[ADAPTERS]
+    skewed = adapters.changed({}, replace(balanced, imbalance=3.0))[ADAPTERS]
+    for name, work in even.items():
+        for ratio in (
+            skewed[name].flops / work.flops,
+            skewed[name].other_bytes / work.other_bytes,
+        ):
+            assert ratio in factors or (not factors and 1 < ratio < 3)
 
 
 def test_share_of_the_peak_leaves_out_gradients_that_nobody_computes() -> None:
