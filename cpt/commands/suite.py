@@ -184,10 +184,14 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from cpt.offline.evaluation.scores import read_result
+    from cpt.offline.evaluation.scores import read_result, refuse_same_file
     from cpt.offline.evaluation.suite_plot import checkpoint_figure, read_results
     from data_pipeline.store.files import write_text
 
+    inputs = {"--baseline": options.baseline}
+    for number, path in enumerate(options.results, 1):
+        inputs[f"result {number}"] = path
+    refuse_same_file(options.out, inputs)
     baseline = read_result(options.baseline) if options.baseline is not None else None
     results = read_results(options.results)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -603,6 +603,11 @@ def test_compare_writes_verdicts_and_ends_with_65_and_plot_writes_a_figure(
     figure = tmp_path / "figures" / "scores.svg"
     assert main(["suite", "plot", base, now, "--out", str(figure)]) == 0
     assert figure.read_text().startswith("<?xml")
+    for over, role in ((now, "result 2"), (again, "--baseline")):
+        files = [base, now, "--baseline", again, "--out", over]
+        assert main(["suite", "plot", *files]) == 78
+        assert f"is the file of {role}" in capsys.readouterr().err
+    assert Path(again).read_bytes() != b"" and read_result(Path(now)).step == 100
 
 
 DOCUMENTS = {"mmlu_prox_en": 11_759, "mmlu_prox_ja": 11_759, "gsm8k": 1_319, "jamc_qa": 2_309}
