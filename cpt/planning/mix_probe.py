@@ -237,11 +237,20 @@ def _recipe(config: Json) -> Json:
             recipe[f"train.{key}"] = value
     for key in TRAINED_WITH:
         recipe[f"model.{key}"] = config["model"].get(key, 0.0)
+    recipe |= _adapter_settings(config.get("adapter", {}))
     # a warm-up and a decay may be longer in a longer run
     for key in ("warmup_steps", "decay_steps"):
         share = train.get(key, 0) / max(1, train["total_steps"])
         recipe[f"train.{key} / total_steps"] = round(share, 3)
     return recipe
+
+
+def _adapter_settings(adapter: Json) -> Json:
+    """Return what a run trains beside the model; its other keys say nothing without an adapter."""
+    kind = adapter.get("kind", "none")
+    if kind == "none":
+        return {"adapter.kind": kind}
+    return {f"adapter.{key}": value for key, value in adapter.items()}
 
 
 def _read_scores(

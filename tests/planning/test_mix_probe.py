@@ -174,7 +174,30 @@ def test_probe_is_read_from_what_a_run_leaves(tmp_path: Path) -> None:
         "train.decay_steps / total_steps": 0.0,
         "model.router_aux_loss_coef": 0.0,
         "model.router_z_loss_coef": 0.0,
+        "adapter.kind": "none",
     }
+
+
+def test_a_probe_with_an_adapter_is_not_compared_with_one_that_trains_the_model(
+    tmp_path: Path,
+) -> None:
+    recipes = []
+    for name, adapter in (
+        ("of before", None),
+        ("full", {"kind": "none", "rank": 32}),
+        ("lora", {"kind": "lora", "rank": 32}),
+        ("wider", {"kind": "lora", "rank": 64}),
+    ):
+        run_dir = write_run(tmp_path / name)
+        if adapter is not None:
+            path = run_dir / "config.resolved.yaml"
+            config = yaml.safe_load(path.read_text()) | {"adapter": adapter}
+            path.write_text(yaml.safe_dump(config))
+        (probe,) = read_probes([run_dir])
+        recipes.append(probe.recipe)
+    assert recipes[0] == recipes[1]
+    assert recipes[2] == recipes[1] | {"adapter.kind": "lora", "adapter.rank": 32}
+    assert recipes[3] == recipes[2] | {"adapter.rank": 64}
 
 
 def test_probe_with_more_replay_than_main_language_is_read_like_the_others(tmp_path: Path) -> None:
