@@ -134,6 +134,20 @@ def test_answers_are_counted_both_ways() -> None:
     assert not change.proven
 
 
+@pytest.mark.parametrize("count", [3, 30])
+def test_marks_that_all_changed_alike_are_no_more_certain_than_answers(count: int) -> None:
+    marks = np.linspace(0.3, 0.9, count)
+    answers = np.ones(count)
+    same = compare_values(marks, marks, 0.95, 0.01)
+    unchanged = compare_answers(answers, answers, 0.95, 0.01)
+    assert (same.drop, same.stderr) == (0, unchanged.stderr)
+    assert same.upper_bound == unchanged.upper_bound > 0
+    lower = compare_values(marks, marks - 0.2, 0.95, 0.01)
+    assert lower.drop == pytest.approx(0.2)
+    assert lower.upper_bound == pytest.approx(0.2 + same.upper_bound)
+    assert lower.proven == (count == 30)
+
+
 def coverage(bounds: list[float], truth: float) -> float:
     return float(np.mean(np.array(bounds) < truth))
 

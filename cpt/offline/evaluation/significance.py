@@ -7,8 +7,8 @@ Paired right and wrong answers (the two models answer the same items)
     Statistics in Medicine 17:891), with a continuity correction, since without one it errs more
     often than it says where few answers changed.
 Paired values (shares of repeated attempts, marks of a judge, nats)
-    Student's t on the differences; nats are compared as a ratio of sums (Cochran, Sampling
-    Techniques, 6.4).
+    Student's t on the differences, and where all are equal, the bound of answers of which none
+    changed; nats are compared as a ratio of sums (Cochran, Sampling Techniques, 6.4).
 Shares of right answers without items
     The bound of Agresti and Caffo (2000, The American Statistician 54:280) for two proportions.
 
@@ -33,6 +33,8 @@ ASSUMED_CHURN = 0.1
 """Share of the answers that change without a drop, half of them each way; assumed before it is
 measured.
 """
+ROUNDING = 1e-9
+"""Values that differ by less than this are equal."""
 _NORMAL = NormalDist()
 _MAX_ITEMS = 10_000_000
 """Where the search for a sufficient number of items ends."""
@@ -100,8 +102,24 @@ def compare_values(before: Floats, after: Floats, confidence: float, level: floa
     drop = float(differences.mean())
     stderr = math.inf
     if count > 1:
+        if float(np.ptp(differences)) < ROUNDING:
+            return _change_without_spread(drop, count, confidence, level)
         stderr = float(differences.std(ddof=1)) / math.sqrt(count)
     return _student_change(drop, stderr, count, confidence, level)
+
+
+def _change_without_spread(drop: float, count: int, confidence: float, level: float) -> Change:
+    """Return the change of values that all changed alike, which does not make it certain.
+
+    Items that were not asked may have changed otherwise: as many as answers may have of which none
+    did (`compare_answers`).
+    """
+    return Change(
+        drop=drop,
+        stderr=math.sqrt(2) / (count + 2),
+        upper_bound=min(1.0, drop + largest_drop(0, 0, count, confidence)),
+        proven=drop - largest_drop(0, 0, count, 1 - level) > 0,
+    )
 
 
 def compare_nats(before: Floats, after: Floats, confidence: float, level: float) -> Change:
