@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -38,8 +37,6 @@ MESSAGE_SECONDS = 0.05
 """Time that a measured message should take."""
 REPEATS = 3
 """Messages that are measured; the fastest counts."""
-GROUP_TIMEOUT = timedelta(minutes=30)
-"""The watchdog, which names the rank that hangs, must come before the group's own limit."""
 
 
 def measure(nodes: Sequence[Node], topology: Topology) -> NodeRates:
@@ -53,7 +50,7 @@ def measure(nodes: Sequence[Node], topology: Topology) -> NodeRates:
         The same rates on every rank.
     """
     started = time.perf_counter()
-    group = dist.new_group(timeout=GROUP_TIMEOUT)
+    group = dist.new_group()
     # NCCL lets some ranks of a group send only after all of them have met in it once
     dist.all_reduce(torch.zeros(1, device=topology.device), group=group)
     probe = _Probe(topology.device, group)

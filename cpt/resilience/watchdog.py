@@ -14,7 +14,7 @@ Decisions
     Whoever reaches the port of the store can write into it. Records that this job has not signed
     are passed over and counted (`cpt.resilience.signed_store`).
     A rank that fails alone writes such a record, too. Otherwise its peers would wait for it in a
-    collective, with NCCL until a timeout, and the error of the connection would hide the cause.
+    collective until the timeout of its group, and the error of the connection would hide the cause.
     A rank that is killed cannot write one. The ranks of its node see its process end and write it
     (`cpt.resilience.neighbors`). A rank that lost a connection waits for such a record before it
     speaks for itself.
@@ -39,6 +39,7 @@ import torch.distributed as dist
 
 from cpt.config import WatchdogSection
 from cpt.errors import CptError, RequeueRequested
+from cpt.parallel.group_timeout import wait_at_least
 from cpt.parallel.topology import Topology
 from cpt.resilience.causes import (
     ruling_on_dead_store,
@@ -67,6 +68,9 @@ LEAVE_SECONDS = 10.0
 """How long the last to leave wait for the others."""
 GONE_SECONDS = 30.0
 """How long the store may refuse connections before a rank that is not done leaves."""
+GROUP_MARGIN_SECONDS = 600.0
+"""How much longer than the longest phase torch's process groups wait, so that a hung rank is found
+and named before torch ends those that wait for it."""
 POLL_SECONDS = 0.1
 LOST_PEER = (
     "Connection closed by peer",
@@ -462,7 +466,9 @@ def watching(
     secret: bytes | None,
 ) -> Iterator[None]:
     """Watch all ranks while the body runs, and tell them of an error of the body before it is
-    raised; all ranks call this together.
+    raised; all ranks call this together, once their process groups exist.
+
+    Process groups then wait longer than the watchdog does.
 
     Args:
         run_dir: Receives stacks and, for a moment, the secret of the job; it need not exist.
@@ -479,6 +485,8 @@ def watching(
     """
     key = b""
     if settings.enabled:
+        longest = max(settings.timeout_seconds, settings.long_timeout_seconds)
+        wait_at_least(longest + GROUP_MARGIN_SECONDS)
         key = agree_on_key(secret, run_dir, topology.control_group)
     watchdog = Watchdog(run_dir, topology, settings, clock, report, record, key=key)
     watchdog.start()
