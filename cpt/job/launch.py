@@ -151,7 +151,8 @@ def run(
         if topology.rank == 0:
             log.info("%s", describe(passed))
         if options.resume != context.resume:
-            log.info("requeued: --resume %s held for the first start, now auto", options.resume)
+            word = options.resume
+            log.info("requeued: resumes as auto; --resume %s is for a job's first start", word)
         network = None
         if not context.observe:
             network = look_at_network(context, passed.environment.local_rank)
