@@ -7,13 +7,14 @@ one, these limits must come after it.
 DeepSpeed makes groups without a limit of its own, also later than ours, so the value is changed
 that torch takes for such groups. The limit of the store counts until NCCL has connected a group.
 
-Read in torch 2.13: distributed/distributed_c10d.py; 2.8 has the same names. NCCL work takes the
-limit of its group when it is begun.
+Read in torch 2.13, distributed/distributed_c10d.py, and in an older one with the same names. NCCL
+work takes the limit of its group when it is begun.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -39,7 +40,7 @@ def wait_at_least(seconds: float) -> None:
             setattr(distributed_c10d, name, limit)
     for group in list(distributed_c10d._world.pg_map):
         _raise_limit(group, limit)
-    store = distributed_c10d._get_default_store()
+    store: Any = distributed_c10d._get_default_store()
     if store.timeout < limit:
         store.set_timeout(limit)
 
@@ -55,9 +56,12 @@ def _raise_limit(group: dist.ProcessGroup, limit: timedelta) -> None:
             backend._set_default_timeout(limit)
 
 
-def _backends(group: dist.ProcessGroup) -> list[dist.distributed_c10d.Backend]:
-    """Return what carries out a group's collectives, for each kind of device."""
-    found = []
+def _backends(group: dist.ProcessGroup) -> list[Any]:
+    """Return what carries out a group's collectives, for each kind of device.
+
+    Not all that is used of it is in torch's stubs.
+    """
+    found: list[Any] = []
     for device in group._device_types:
         backend = group._get_backend(device)
         # TORCH_DISTRIBUTED_DEBUG=DETAIL puts a wrapper around it

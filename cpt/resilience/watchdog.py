@@ -41,6 +41,7 @@ from cpt.config import WatchdogSection
 from cpt.errors import CptError, RequeueRequested
 from cpt.parallel.group_timeout import wait_at_least
 from cpt.parallel.topology import Topology
+from cpt.resilience.best_effort import best_effort
 from cpt.resilience.causes import (
     ruling_on_dead_store,
     ruling_on_error,
@@ -486,7 +487,8 @@ def watching(
     key = b""
     if settings.enabled:
         longest = max(settings.timeout_seconds, settings.long_timeout_seconds)
-        wait_at_least(longest + GROUP_MARGIN_SECONDS)
+        with best_effort("Process groups keep torch's limits"):
+            wait_at_least(longest + GROUP_MARGIN_SECONDS)
         key = agree_on_key(secret, run_dir, topology.control_group)
     watchdog = Watchdog(run_dir, topology, settings, clock, report, record, key=key)
     watchdog.start()
