@@ -30,8 +30,16 @@ from data_pipeline.reading import units
 from data_pipeline.reading.clusters import KEY_RULES_VERSION
 from data_pipeline.reading.document import COPIES_BY
 from data_pipeline.reading.hooks import hook_rules
-from data_pipeline.reading.input_files import HashNotes, Inputs, look_at_inputs, read_inputs
+from data_pipeline.reading.input_files import (
+    HashNotes,
+    InputFile,
+    Inputs,
+    look_at_inputs,
+    read_inputs,
+)
+from data_pipeline.reading.record_fields import value_fields
 from data_pipeline.reading.stored_rows import may_hold_conversations
+from data_pipeline.reading.table_columns import VALUE_RULES_VERSION
 from data_pipeline.store.manifest import BuildManifest, InputFiles
 from data_pipeline.text.cleaning import STEP_VERSIONS
 from data_pipeline.text.conversation_reader import LOSS_RULES_VERSION
@@ -207,7 +215,8 @@ def _conversation_rules(source: SourceConfig) -> Rules:
 def _with_file_rules(mix: MixConfig, inputs: Inputs) -> Rules:
     """Return the rules of a mix, with those that its files decide.
 
-    Large sources name the rules by which they are cut into units. Conversations of an earlier build
+    Large sources name the rules by which they are cut into units, and sources of tables those by
+    which columns beside the text are read. Conversations of an earlier build
     name by what copies are told, where others come from records: such copies were not found before.
     """
     rules = build_rules(mix)
@@ -216,9 +225,20 @@ def _with_file_rules(mix: MixConfig, inputs: Inputs) -> Rules:
         sizes = [file.state.size_bytes for file in inputs.get(source.name, ())]
         if source.format in FILE_FORMATS and units.is_large(sizes):
             of_source["unit_rules"] = units.LARGE_RULES
+        if _reads_values_of_tables(source, inputs.get(source.name, ())):
+            of_source["value_rules"] = VALUE_RULES_VERSION
         if has_records and source.format == "build" and may_hold_conversations(source):
             of_source["copies_by"] = COPIES_BY
     return rules
+
+
+def _reads_values_of_tables(source: SourceConfig, files: Sequence[InputFile]) -> bool:
+    """Return whether other columns of tables than those of the text are read."""
+    if not value_fields(source):
+        return False
+    if source.format == "huggingface":
+        return True
+    return any(source.format_of(file.path) == "parquet" for file in files)
 
 
 def absent_sources(mix: MixConfig) -> tuple[str, ...]:
@@ -289,7 +309,7 @@ def _take_what_is_unknown(rules: Rules, of_build: Mapping[str, Any], present: se
     built = {source["name"]: source for source in of_build["sources"]}
     for of_mix in rules["sources"]:
         before = built.get(of_mix["name"], {})
-        for key in ("unit_rules", "copies_by"):
+        for key in ("unit_rules", "value_rules", "copies_by"):
             if of_mix["name"] not in present and key in before:
                 of_mix[key] = before[key]
         function, digest = of_mix.get("hook", ("", ""))

@@ -41,6 +41,8 @@ from data_pipeline.parts.part import SHARD, VERSION, Account, Part, make_part
 from data_pipeline.reading.clusters import KEY_RULES_VERSION
 from data_pipeline.reading.document import COPIES_BY
 from data_pipeline.reading.hooks import hook_rules
+from data_pipeline.reading.record_fields import value_fields
+from data_pipeline.reading.table_columns import VALUE_RULES_VERSION
 from data_pipeline.store import shards
 from data_pipeline.store.files import (
     PARTIAL_SUFFIX,
@@ -170,6 +172,8 @@ def _identity(part: Part) -> Identity:
         identity["hook"] = hook_rules(source)
     if source.normalise:
         identity["step_versions"] = {step: STEP_VERSIONS.get(step) for step in source.normalise}
+    if part.unit.format in ("parquet", "huggingface") and value_fields(source):
+        identity["value_rules"] = VALUE_RULES_VERSION
     if part.near_duplicates:
         identity["signatures"] = [NUM_HASHES, SHINGLE_TOKENS]
     if source.cluster_by in CLUSTER_PLACES:

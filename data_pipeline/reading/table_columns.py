@@ -4,7 +4,9 @@ Decisions
     A column is taken if it is text without loss: strings of every layout, dictionaries of strings,
     binary values (each is checked to be UTF-8), JSON, and a column without any type, whose values
     are all null and are counted as such. Fields inside a column (structures) are read like columns.
-    Columns of filters may hold numbers, times, and true or false as well.
+    Columns of filters may hold numbers, times, and true or false as well. A number of 16 or 32 bits
+    is the shortest decimal that names it, as JSON would write it: the float32 nearest to 0.7 is
+    0.7, and not 0.699999988.
     Anything else is refused with the type that was found, because to write a number or a list as
     text would be a choice that the mix does not name.
     The sizes of the values are known before Python makes objects of them: a row that is too long is
@@ -26,6 +28,13 @@ from data_pipeline.text.cleaning import MAX_DOCUMENT_BYTES, TOO_LONG
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+VALUE_RULES_VERSION = 2
+"""Version of the rules by which values of filters, `keep` and `cluster_by` are read.
+
+It belongs to the fingerprint of a build and to what a part is known by, so a change of what a value
+is must raise it.
+"""
 
 
 def check_columns(
@@ -319,7 +328,12 @@ def _scalars(column: pa.ChunkedArray) -> list[Any]:
         column = column.cast(pa.float64())
     elif pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
         column = column.cast(pa.string())
-    return column.to_pylist()  # type: ignore[no-any-return]
+    values: list[Any] = column.to_pylist()
+    if pa.types.is_float32(column.type):
+        return [None if value is None else float(str(np.float32(value))) for value in values]
+    if pa.types.is_float16(column.type):
+        return [None if value is None else float(str(np.float16(value))) for value in values]
+    return values
 
 
 def _decoded_records(

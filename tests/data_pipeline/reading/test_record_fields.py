@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.build.build import build
+from data_pipeline.build.origin import read_origin
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.record_filters import FilterRule
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.parts.part import Part, make_part
+from data_pipeline.parts.part_cache import _identity
 from data_pipeline.reading.sources import read_texts
 from data_pipeline.reading.units import split_into_units
 from data_pipeline.text.cleaning import Tally
@@ -226,6 +231,53 @@ def test_numbers_of_every_type_are_compared(tmp_path: Path, column: pa.Array, ke
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["x", "y"], "q": column}), path)
     assert len(read(path, filters=(FilterRule(field="q", min=3),))[0]) == kept
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
+def test_a_number_of_few_bits_is_the_decimal_that_was_written(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    path = tmp_path / "a.parquet"
+    scores = pa.array(np.array([0.7, 0.8, 0.9, np.nan], kind.to_pandas_dtype()))
+    column = pa.concat_arrays([scores, pa.nulls(1, kind)])
+    pq.write_table(pa.table({"text": ["a", "b", "c", "d", "e"], "q": column}), path)
+    texts, tally = read(path, filters=(FilterRule(field="q", min=0.7, max=0.8),))
+    assert texts == ["a", "b"]
+    assert dict(tally.filtered) == {"q > 0.8": 1, "q is not a number": 1, "q is absent": 1}
+
+
+def test_rules_of_values_belong_to_sources_that_read_them_from_tables(tmp_path: Path) -> None:
+    table = pa.table({"text": make_texts(9, "en"), "q": [0.5] * 9})
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text('{"text": "x", "q": 0.5}\n')
+    rule = {"filters": [{"field": "q", "min": 0.1}]}
+    sources = [
+        {"path": "a.parquet", **rule},
+        {"path": "a.parquet", "keep": ["q"]},
+        {"path": "a.parquet"},
+        {"path": "b.jsonl", **rule},
+    ]
+    entries = []
+    for number, source in enumerate(sources):
+        entry = {"name": f"s{number}", "language": "en", "domain": "web", "weight": 0.25}
+        entries.append({**entry, **source})
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"seq_len": 32, "sources": entries}))
+    mix = load_mix(tmp_path / "mix.yaml")
+    found = [rules.get("value_rules") for rules in read_origin(mix).rules["sources"]]
+    assert found == [2, 2, None, None]
+    versions = []
+    for source in mix.sources:
+        (unit,) = split_into_units(source)
+        part = Part(
+            source=source,
+            unit=unit,
+            number=0,
+            work_dir=tmp_path,
+            near_duplicates=False,
+            seq_len=32,
+        )
+        versions.append(_identity(part).get("value_rules"))
+    assert versions == found
 
 
 def test_true_and_false_and_times_are_compared_as_texts(tmp_path: Path) -> None:
