@@ -44,6 +44,7 @@ from data_pipeline.reading.hooks import hook_rules
 from data_pipeline.reading.record_fields import value_fields
 from data_pipeline.reading.table_columns import VALUE_RULES_VERSION
 from data_pipeline.store import shards
+from data_pipeline.store.file_kinds import TEXT_KINDS_VERSION
 from data_pipeline.store.files import (
     PARTIAL_SUFFIX,
     atomic_write,
@@ -174,6 +175,8 @@ def _identity(part: Part) -> Identity:
         identity["step_versions"] = {step: STEP_VERSIONS.get(step) for step in source.normalise}
     if part.unit.format in ("parquet", "huggingface") and value_fields(source):
         identity["value_rules"] = VALUE_RULES_VERSION
+    if part.unit.format == "text":
+        identity["text_kinds"] = TEXT_KINDS_VERSION
     if part.near_duplicates:
         identity["signatures"] = [NUM_HASHES, SHINGLE_TOKENS]
     if source.cluster_by in CLUSTER_PLACES:

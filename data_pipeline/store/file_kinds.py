@@ -4,6 +4,8 @@ Decisions
     One table holds every kind with its words in messages and what to do about it, so the reader of
     texts, the reader of tables and the reader of weights say the same about the same file.
     A kind that nothing here recognizes is TEXT: only reading can tell whether it is UTF-8.
+    Some kinds begin with letters alone. Where text is expected, a zero byte must follow for them:
+    each of these formats has one near its beginning, and a text that begins with PARENTS has none.
 """
 
 from __future__ import annotations
@@ -17,6 +19,12 @@ from data_pipeline.bounded.files import open_regular
 
 HEAD_BYTES = 4096
 """Number of bytes that decide the kind of a file."""
+
+TEXT_KINDS_VERSION = 2
+"""Version of the rules by which a file is taken for text.
+
+It belongs to what a part of text files is known by, so a change of what is rejected must raise it.
+"""
 
 
 class FileKind(Enum):
@@ -117,6 +125,16 @@ _MAGIC = {
     **_POINTERS,
 }
 """Kinds by the bytes that a file of the kind begins with."""
+_LETTERED = frozenset(
+    (
+        FileKind.PARQUET,
+        FileKind.ENCRYPTED_PARQUET,
+        FileKind.ARROW_FILE,
+        FileKind.ORC,
+        FileKind.GGUF,
+    )
+)
+"""Kinds that a text can begin like."""
 _BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
 _ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 _PICKLE = re.compile(rb"\x80[\x02-\x05][\x8a\x95}\]c(]")
@@ -150,6 +168,14 @@ def kind_of(head: bytes) -> FileKind:
         if test(head):
             return kind
     return FileKind.TEXT
+
+
+def kind_of_text(head: bytes) -> FileKind:
+    """Return the kind of a file that is to hold text, perhaps compressed; see `kind_of`."""
+    kind = kind_of(head)
+    if kind in _LETTERED and b"\0" not in head:
+        return FileKind.TEXT
+    return kind
 
 
 def kind_of_file(path: Path) -> FileKind:

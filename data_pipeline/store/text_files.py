@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from data_pipeline.store.compressed import BUFFER_BYTES, open_decompressed
-from data_pipeline.store.file_kinds import COMPRESSED, HEAD_BYTES, FileKind, kind_of
+from data_pipeline.store.file_kinds import COMPRESSED, HEAD_BYTES, FileKind, kind_of_text
 from data_pipeline.store.files import cached_per_file
 
 _LINE_HEAD_BYTES = 1 << 16
@@ -96,10 +96,10 @@ def text_layers(path: Path) -> TextLayers:
         OSError: It cannot be read, or its compressed data is damaged.
     """
     with path.open("rb") as file:
-        kind = kind_of(file.read(HEAD_BYTES))
+        kind = kind_of_text(file.read(HEAD_BYTES))
     with open_decompressed(path, kind) as file:
         head = file.read(HEAD_BYTES)
-    content = kind_of(head) if kind in COMPRESSED else kind
+    content = kind_of_text(head) if kind in COMPRESSED else kind
     if content is not FileKind.TEXT:
         return TextLayers(kind=kind, content=content, head=head[:_KEPT_BYTES])
     encoding = _encoding_of(head)
@@ -109,7 +109,7 @@ def text_layers(path: Path) -> TextLayers:
         has_cr_lines = _has_cr_lines(file, head)
     return TextLayers(
         kind=kind,
-        content=kind_of(head[:HEAD_BYTES]),
+        content=kind_of_text(head[:HEAD_BYTES]),
         encoding=encoding,
         has_cr_lines=has_cr_lines,
         head=head[:_KEPT_BYTES],

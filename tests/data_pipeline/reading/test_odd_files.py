@@ -241,11 +241,12 @@ def test_parquet_under_another_name_is_read_unless_the_mix_says_jsonl(tmp_path: 
 
 
 def test_a_text_file_that_is_no_text_is_a_reject_with_its_reason(tmp_path: Path) -> None:
-    names = ["a.txt", "b.txt", "c.txt", "d.html", "e.md"]
-    for name, content in zip(names, [POINTER, PAGE, b"%PDF-1.7 ", PAGE, b"fine"], strict=True):
+    names = ["a.txt", "b.txt", "c.txt", "d.html", "e.md", "f.txt"]
+    contents = [POINTER, PAGE, b"%PDF-1.7 ", PAGE, b"fine", b"PARENTS AND CHILDREN"]
+    for name, content in zip(names, contents, strict=True):
         (tmp_path / name).write_bytes(content)
     found, tally = read(*(tmp_path / name for name in names), format="text")
-    assert found == [PAGE.decode(), "fine"]
+    assert found == [PAGE.decode(), "fine", "PARENTS AND CHILDREN"]
     assert dict(tally.rejects) == {
         "is a Git LFS pointer in place of the file, not text": 1,
         "is an HTML page, not text": 1,

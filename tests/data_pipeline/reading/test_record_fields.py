@@ -261,7 +261,9 @@ def test_rules_of_values_belong_to_sources_that_read_them_from_tables(tmp_path: 
     for number, source in enumerate(sources):
         entry = {"name": f"s{number}", "language": "en", "domain": "web", "weight": 0.25}
         entries.append({**entry, **source})
-    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"seq_len": 32, "seed": 1, "sources": entries}))
+    (tmp_path / "mix.yaml").write_text(
+        yaml.safe_dump({"seq_len": 32, "seed": 1, "sources": entries})
+    )
     mix = load_mix(tmp_path / "mix.yaml")
     found = [rules.get("value_rules") for rules in read_origin(mix).rules["sources"]]
     assert found == [2, 2, None, None]

@@ -21,7 +21,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of, kind_of_file
+from data_pipeline.store.file_kinds import (
+    FileKind,
+    describe_head,
+    kind_of,
+    kind_of_file,
+    kind_of_text,
+)
+from data_pipeline.store.text_files import text_layers
 
 TABLE = pa.table({"text": ["a", "b"]})
 LFS_POINTER = (
@@ -99,6 +106,7 @@ def test_kind_is_told_from_the_first_bytes(kind: FileKind, tmp_path: Path) -> No
     path = tmp_path / "a.jsonl"
     path.write_bytes(SAMPLES[kind])
     assert kind_of_file(path) is kind
+    assert kind_of_text(SAMPLES[kind]) is kind, "also where text is expected"
     assert kind is FileKind.TEXT or kind.cure
 
 
@@ -119,6 +127,32 @@ def test_kind_is_told_from_the_first_bytes(kind: FileKind, tmp_path: Path) -> No
 )
 def test_text_is_taken_for_nothing_else(text: bytes) -> None:
     assert kind_of(text) is FileKind.TEXT
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"PARENTS AND CHILDREN\n",
+        b"PAR1 is a magic",
+        b"GGUF: a format",
+        b"FEA1\n",
+        b"ORC\n\nIn Mordor",
+    ],
+)
+def test_text_may_begin_with_the_letters_of_another_kind(text: bytes, tmp_path: Path) -> None:
+    assert kind_of_text(text) is FileKind.TEXT
+    path = tmp_path / "p.txt"
+    path.write_bytes(text)
+    assert text_layers(path).content is FileKind.TEXT
+    path = tmp_path / "p.txt.gz"
+    path.write_bytes(gzip.compress(text))
+    assert text_layers(path).content is FileKind.TEXT
+    path = tmp_path / "p16.txt"
+    path.write_bytes(text.decode().encode("utf-16"))
+    assert text_layers(path).content is FileKind.TEXT
+    path = tmp_path / "table.txt.gz"
+    path.write_bytes(gzip.compress(SAMPLES[FileKind.PARQUET]))
+    assert text_layers(path).content is FileKind.PARQUET
 
 
 @given(st.binary(max_size=600))
