@@ -48,6 +48,7 @@ from data_pipeline.text.cleaning import (
     Place,
     Tally,
     normalize,
+    why_not_cleanable,
     why_unusable,
 )
 from data_pipeline.text.conversation_reader import read_conversations
@@ -214,7 +215,7 @@ def _record_text(source: SourceConfig, record: dict[str, Any]) -> tuple[Any, str
     if source.template is None:
         return values[source.text_field], None
     for field, value in values.items():
-        reason = why_unusable(value)
+        reason = why_not_cleanable(value, source.normalise)
         if reason is not None:
             return None, f"field '{field}': {reason}"
     return fill_template(source.template, values), None
@@ -224,7 +225,11 @@ def _accept_text(
     source: SourceConfig, text: Any, place: Place, tally: Tally, record: Mapping[str, Any]
 ) -> Document | None:
     """Normalize a text and return its document, or count why it cannot be used and return None."""
-    if source.normalise and why_unusable(text) is None:
+    if source.normalise:
+        reason = why_not_cleanable(text, source.normalise)
+        if reason is not None:
+            tally.reject(reason, place)
+            return None
         text = normalize(text, source.normalise, tally.notes)
     if source.hook is not None and why_unusable(text) is None:
         text, reason = run_hook(source, text, record)

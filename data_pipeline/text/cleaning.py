@@ -12,10 +12,11 @@ Effects of the steps
     newlines   CRLF and CR become LF.
     control    Characters that end a line (CR, VT, FF, NEL, the separators of lines, paragraphs,
                records, groups and files) become LF, CRLF becomes one. Other control characters are
-               removed, except tab and line feed; joiners inside emoji stay.
-    width      Full-width letters and digits become ASCII, and half-width katakana become
-               full-width. A half-width voiced mark joins the kana before it, whatever its width.
-               Punctuation stays, and so do characters that NFKC would destroy.
+               removed, NUL among them, except tab and line feed; joiners inside emoji stay.
+    width      Full-width letters and digits become ASCII, and half-width katakana and Japanese
+               punctuation (U+FF61 to U+FF65) become full-width. A half-width voiced mark joins the
+               kana before it, whatever its width; without a kana it stays, as in a face of
+               characters. Other punctuation stays, and so do characters that NFKC would destroy.
     nfc        Canonical composition.
     nfkc       Compatibility composition. It destroys meaning: x with a raised 2 becomes x2, the
                single character for 1/2 becomes three characters, an ideographic space becomes a
@@ -71,21 +72,18 @@ def _ascii_of_full_width() -> dict[int, int]:
 _ASCII_OF_FULL_WIDTH = _ascii_of_full_width()
 
 
-def _kana_that_can_be_voiced() -> str:
-    """Return the full-width kana that make one character with a voiced mark."""
-    found = ""
-    for code in range(ord("\u3041"), ord("\u30ff")):
-        kana = chr(code)
-        if any(len(unicodedata.normalize("NFC", kana + mark)) == 1 for mark in _VOICED_MARKS):
-            found += kana
-    return found
-
-
 _HALF_WIDTH = re.compile("[\uff61-\uff9f]")
+_FULL_WIDTH_KANA = "[\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff]"
+_HALF_WIDTH_KANA = "[\uff66-\uff9d]"
+_HALF_WIDTH_MARKS = "\uff9e\uff9f"
+_VOICED_MARK_OF_HALF_WIDTH = str.maketrans(_HALF_WIDTH_MARKS, _VOICED_MARKS)
+_MARKS = f"[{_HALF_WIDTH_MARKS}{_VOICED_MARKS}]*"
 _HALF_WIDTH_WITH_NEIGHBORS = re.compile(
-    f"[{_kana_that_can_be_voiced()}]?{_HALF_WIDTH.pattern}+[{_VOICED_MARKS}]?"
+    f"[\uff61-\uff65]+|(?:{_HALF_WIDTH_KANA}{_MARKS})+"
+    f"|{_FULL_WIDTH_KANA}[{_VOICED_MARKS}]*[{_HALF_WIDTH_MARKS}]{_MARKS}"
 )
-"""Half-width kana and marks, with the neighbors that may make one character with them."""
+"""Half-width punctuation, half-width kana with their marks, and full-width kana with half-width
+ones. A half-width mark behind anything else is not found."""
 
 
 def _unify_newlines(text: str) -> str:
@@ -98,12 +96,16 @@ def _remove_control_characters(text: str) -> str:
 
 def _unify_width(text: str) -> str:
     if _HALF_WIDTH.search(text):
-        text = _HALF_WIDTH_WITH_NEIGHBORS.sub(_nfkc_of_match, text)
+        text = _HALF_WIDTH_WITH_NEIGHBORS.sub(_widened, text)
     return text.translate(_ASCII_OF_FULL_WIDTH)
 
 
-def _nfkc_of_match(match: re.Match[str]) -> str:
-    return compose_compatible(match[0])
+def _widened(match: re.Match[str]) -> str:
+    """Return half-width characters, and marks behind a kana, as full-width ones."""
+    text = match[0]
+    if _HALF_WIDTH.match(text):
+        return compose_compatible(text)
+    return _compose(text.translate(_VOICED_MARK_OF_HALF_WIDTH))  # NFKC would make two of one kana
 
 
 def _compose(text: str) -> str:
@@ -129,9 +131,16 @@ STEPS: dict[str, Callable[[str], str]] = {
     "spaces": _remove_spaces,
 }
 """Cleaning steps by name, in the order in which they run."""
-STEP_VERSIONS = {"control": 2, "width": 2}
+STEP_VERSIONS = {"control": 3, "width": 3}
 """Versions of the steps whose output is not that of their first version. They belong to the
 fingerprint of a build, so a change of what a step does must raise its number."""
+
+
+def why_not_cleanable(text: Any, steps: Sequence[str]) -> str | None:
+    """Return the reason why `text` cannot be tokenized, whatever `steps` make of it, or None."""
+    if "control" in steps and isinstance(text, str):
+        text = text.replace("\0", "")
+    return why_unusable(text)
 
 
 def normalize(text: str, steps: Sequence[str], notes: Counter[str]) -> str:

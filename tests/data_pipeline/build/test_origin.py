@@ -62,7 +62,7 @@ def test_the_build_of_the_same_mix_differs_in_nothing(
         ),
         (
             {"sources": {"ja": {"normalise": ["width"]}}},
-            'sources[ja].step_versions: none in the build, {"width": 2} in the mix',
+            'sources[ja].step_versions: none in the build, {"width": 3} in the mix',
         ),
         (
             {"sources": {"en": {"text_field": "title"}}},

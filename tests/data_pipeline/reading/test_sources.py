@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -74,6 +75,25 @@ def test_a_bad_line_costs_that_line_and_is_counted_with_its_place(
     assert texts == ["good", "good"]
     assert dict(tally.rejects) == {reason: 1} and tally.accepted == 2
     assert shown(tally)[reason] == [f"{path}:2"]
+
+
+@pytest.mark.parametrize("template", [None, "{text}"])
+def test_nul_is_removed_where_control_is_asked_for_and_rejected_elsewhere(
+    tmp_path: Path, template: str | None
+) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [b'{"text": "a\\u0000b"}\n', b'{"text": "\\u0000 \\u0000"}\n', GOOD]
+    path.write_bytes(b"".join(lines))
+    field = "" if template is None else "field 'text': "
+    for steps, texts, rejects, notes in (
+        (("control",), ["ab", "good"], {"empty text": 1}, {"normalised: control": 1}),
+        (("width",), ["good"], {"NUL character": 2}, {}),
+    ):
+        source = dataclasses.replace(source_of(path), normalise=steps, template=template)
+        tally = Tally()
+        assert list(read_texts(source, tally)) == texts
+        assert dict(tally.rejects) == {field + reason: n for reason, n in rejects.items()}
+        assert dict(tally.notes) == notes
 
 
 @pytest.mark.case("B6", "a cut-off last line is told from a broken one")

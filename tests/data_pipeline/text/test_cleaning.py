@@ -69,14 +69,60 @@ def narrow_part_alone(text: str) -> str:
     return nfkc.translate(cleaning._ASCII_OF_FULL_WIDTH)
 
 
-@settings(max_examples=200, deadline=None)
+KANA_OF_ANY_WIDTH = re.compile(
+    "[\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9d]"
+)
+STANDS_ALONE = {"\uff9e": "\ue000", "\uff9f": "\ue001"}
+"""Half-width marks, and what takes their place where no kana stands before them."""
+
+
+def without_lone_marks(text: str) -> str:
+    """Return a text with other characters in place of half-width marks that follow no kana."""
+    found = ""
+    follows_kana = False
+    for character in text:
+        if character in STANDS_ALONE and not follows_kana:
+            character = STANDS_ALONE[character]
+        if character not in "\u3099\u309a\uff9e\uff9f":
+            follows_kana = KANA_OF_ANY_WIDTH.fullmatch(character) is not None
+        found += character
+    return found
+
+
+@settings(max_examples=300, deadline=None)
 @given(KANA)
-def test_width_differs_from_narrow_characters_alone_in_composed_marks_only(text: str) -> None:
+def test_width_differs_from_narrow_characters_alone_in_composed_and_lone_marks_only(
+    text: str,
+) -> None:
     wide = STEPS["width"](text)
-    composed = unicodedata.normalize("NFC", narrow_part_alone(text))
-    assert unicodedata.normalize("NFC", wide) == composed
+    expected = narrow_part_alone(without_lone_marks(text))
+    for mark, other in STANDS_ALONE.items():
+        expected = expected.replace(other, mark)
+    assert unicodedata.normalize("NFC", wide) == unicodedata.normalize("NFC", expected)
+    assert STEPS["width"](wide) == wide
     if not re.search("[\uff9e\uff9f]|[\uff61-\uff9d][\u3099\u309a]", text):
         assert wide == narrow_part_alone(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "wide"),
+    [
+        ("(\uff9f\u0414\uff9f)", "(\uff9f\u0414\uff9f)"),
+        ("\uff9e", "\uff9e"),
+        ("a\uff9e\uff76\uff9e", "a\uff9e\u30ac"),
+        ("\uff9f\uff65\uff9f", "\uff9f\u30fb\uff9f"),
+        ("\u6c34\uff9f", "\u6c34\uff9f"),
+    ],
+)
+def test_a_half_width_voiced_mark_without_a_kana_before_it_stays(text: str, wide: str) -> None:
+    assert STEPS["width"](text) == wide
+
+
+def test_half_width_japanese_punctuation_becomes_full_width_and_no_other_changes() -> None:
+    wide = STEPS["width"]("\uff61\uff62\uff63\uff64\uff65")
+    assert wide == "\u3002\u300c\u300d\u3001\u30fb"
+    others = "\uff01(\uff08.\uff0e\u3000"
+    assert STEPS["width"](others) == others
 
 
 @pytest.mark.parametrize(
