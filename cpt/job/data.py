@@ -35,6 +35,7 @@ from data_pipeline.build.found_builds import (
 )
 from data_pipeline.build.origin import compare
 from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.strict_yaml import load_yaml
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan, make_data_plan
@@ -48,7 +49,11 @@ WORTHLESS_EPOCHS = 40
 
 
 def check_mix(
-    settings: DataSection, seq_len: int | None, stage_lengths: Sequence[int] | None = None
+    settings: DataSection,
+    seq_len: int | None,
+    stage_lengths: Sequence[int] | None = None,
+    *,
+    need_files: bool,
 ) -> MixConfig:
     """Read the data-mix YAML and compare it with the run.
 
@@ -57,6 +62,8 @@ def check_mix(
         seq_len: Tokens of a packed row in the run; None if that is not known.
         stage_lengths: The same in each stage of the run, none for a run without stages; None if
             that is not known.
+        need_files: Whether to look at the files that the mix names. That is at least a request to
+            the storage for each of them, so one rank does it for all.
 
     Returns:
         The mix; where it is built, its files need not be here.
@@ -66,7 +73,10 @@ def check_mix(
     """
     mix_file = settings.mix
     try:
-        mix = load_built_mix(mix_file, settings.build_dir)
+        if need_files:
+            mix = load_built_mix(mix_file, settings.build_dir)
+        else:
+            mix = load_mix(mix_file, need_files=False)
     except ConfigError as error:
         written = load_yaml(mix_file).value
         rows = written.get("seq_len") if isinstance(written, dict) else None

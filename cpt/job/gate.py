@@ -135,14 +135,23 @@ def pass_gate(options: argparse.Namespace) -> PassedGate:
         run_yaml, json_file = load(options.config, options.ds_config, overrides, block_problems)
     except ConfigError as error:
         found.errors.append(error)
-        found.attempt(lambda: check_named_files(options.config, overrides, found))
+        is_first = environment.rank == 0
+        found.attempt(lambda: check_named_files(options.config, overrides, found, is_first))
         _raise_any(found)
     gate = _Gate(options, run_yaml, json_file, environment)
     return gate.result()
 
 
-def check_named_files(run_yaml: Path, overrides: dict[str, str], found: Findings) -> None:
+def check_named_files(
+    run_yaml: Path, overrides: dict[str, str], found: Findings, need_input: bool = True
+) -> None:
     """Check the model and the mix that a run YAML names although something else in it is wrong.
+
+    Args:
+        run_yaml: The run YAML.
+        overrides: Values by key in place of those in the file.
+        found: Takes what is wrong.
+        need_input: Whether to look at the files that the mix names.
 
     Raises:
         ConfigError: the run YAML cannot be read.
@@ -153,7 +162,7 @@ def check_named_files(run_yaml: Path, overrides: dict[str, str], found: Findings
         found.attempt(lambda: _located_config(model))
     data = parts.data
     if data is not None:
-        found.attempt(lambda: check_mix(data, parts.seq_len))
+        found.attempt(lambda: check_mix(data, parts.seq_len, need_files=need_input))
 
 
 class _Gate:
@@ -181,6 +190,8 @@ class _Gate:
         self.configs: tuple[RunConfig, ...] = ()
         """The configurations of all stages; one for a run without stages."""
         self.mix: MixConfig | None = None
+        self.has_input = True
+        """Whether the files of the mix, or its build, are here, as far as this rank has looked."""
         self.plan: DataPlan | StagedPlan | None = None
         self.checkpoint: ExpectedCheckpoint | None = None
         self.starts_fresh = False
@@ -296,9 +307,14 @@ class _Gate:
         )
 
     def _check_mix(self) -> None:
+        """Read the mix on every rank, and look at the files that it names on the first."""
         run = self.run_yaml
         lengths = [stage.seq_len for stage in run.stages]
-        self.mix = self.found.attempt(lambda: check_mix(run.data, run.train.seq_len, lengths))
+        check = functools.partial(check_mix, run.data, run.train.seq_len, lengths)
+        self.mix = self.found.attempt(lambda: check(need_files=False))
+        if self.environment.rank == 0:
+            mix = self.found_by_one.attempt(lambda: check(need_files=True))
+            self.has_input = mix is not None
 
     def _check_phases(self) -> None:
         """Lay the schedule of the mix over the run, and tie the learning rate to it."""
@@ -489,7 +505,7 @@ class _Gate:
     def _check_data(self) -> None:
         """Check the build, the guard's domains, and what a run would draw from the build."""
         mix = self.mix
-        if mix is None:
+        if mix is None or not self.has_input:
             return
         self.found_by_one.add(generation_problems(self.run_yaml.guard, mix))
         self.found_by_one.add(trace_problems(self.run_yaml.guard, mix, self.run_yaml.train))

@@ -42,6 +42,7 @@ from cpt.run import main, parse_arguments
 from cpt.training.kl_targets import SIDECAR
 from data_pipeline.build.build import build
 from data_pipeline.build.self_replay import weights_hash, write_sidecar
+from data_pipeline.config import mix_checks
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
@@ -685,6 +686,37 @@ def test_state_that_a_node_cannot_hold_is_refused_by_the_first_rank_of_that_node
     assert ("the 2 ranks of this node keep" in refusal) == is_refused
     options.dry_run = True
     assert pass_gate(options).refusal is None, "a dry run may be elsewhere"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_looks_at_the_files_of_the_mix(
+    workplace: Path, own_copy: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    for name, value in {**rank_environment(rank, 2, 1), "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    looked_for: list[str] = []
+    original = mix_checks.expand
+
+    def expand(pattern: str) -> list[Path]:
+        looked_for.append(pattern)
+        return original(pattern)
+
+    monkeypatch.setattr(mix_checks, "expand", expand)
+    settings = [f"data.mix={own_copy / 'mix.yaml'}", f"data.build_dir={own_copy / 'nowhere'}"]
+    options = parse_arguments(arguments_of(workplace, *settings, "train.global_batch_size=2"))
+    passed = pass_gate(options)
+    assert passed.mix.sources and bool(looked_for) == (rank == 0)
+    (own_copy / "text.jsonl").unlink()
+    refusal = pass_gate(options).refusal
+    assert (refusal is not None) == (rank == 0), "a run tells all ranks what the first one found"
+    if refusal is not None:
+        assert isinstance(refusal, ConfigError)
+        assert "text.jsonl" in str(refusal) and "is not built" not in str(refusal)
+    wrong = [*arguments_of(workplace, *settings, "train.lr=-1")]
+    looked_for.clear()
+    with pytest.raises(ConfigError, match=r"train\.lr is -1") as refused:
+        pass_gate(parse_arguments(wrong))
+    assert ("text.jsonl" in str(refused.value)) == bool(looked_for) == (rank == 0)
 
 
 def test_trackers_that_cannot_work_are_told_with_everything_else(
