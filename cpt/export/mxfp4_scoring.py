@@ -271,6 +271,11 @@ def sets_to_score(request: ScoringRequest) -> list[ScoredSet]:
             raise ConfigError(f"--score always: {told} Give --score never.")
         log.warning("bits per byte of the quantized weights are not measured: %s", told)
         return []
+    if request.score == "auto":
+        refusal = _too_large(manifest)
+        if refusal:  # before a build is looked for, which may take long
+            log.warning("bits per byte of the quantized weights are not measured: %s", refusal)
+            return []
     build_dir = config["data"].get("build_dir")
     try:
         sets = held_out_sets(
@@ -283,11 +288,6 @@ def sets_to_score(request: ScoringRequest) -> list[ScoredSet]:
             raise
         log.warning("bits per byte of the quantized weights are not measured: %s", error)
         return []
-    if request.score == "auto":
-        refusal = _too_large(manifest)
-        if refusal:
-            log.warning("bits per byte of the quantized weights are not measured: %s", refusal)
-            return []
     return sets
 
 

@@ -76,7 +76,7 @@ def audit(run_dir: Path) -> list[AuditedDecision]:
     # a run with `guard.baseline_model` may start from a model that is not green (`_note_start`)
     known_states = [GuardState(), GuardState(green=False)]
     audited = []
-    kinds = ("guard_rollback", "guard_decision")
+    kinds = ("guard_rollback", "guard_restored", "guard_decision")
     with show_progress(None, "audit", "decision") as bar:
         for event in iter_events(metrics, kinds):
             if event["event"] == "guard_decision":

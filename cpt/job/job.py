@@ -24,8 +24,8 @@ from cpt.job.progress import (
     Progress,
     known_at,
     newest_guard_state,
+    read_guard_pause,
     read_guard_rollbacks,
-    take_guard_pause,
 )
 from cpt.job.resumption import RunIdentity, StartingPoint, starting_point
 from cpt.parallel.agreement import on_first_rank
@@ -287,11 +287,15 @@ class Job:
         step, run_dir = self.progress.step, self.run_dir
         rollbacks, pause = on_first_rank(
             self.context.control_group,
-            lambda: (read_guard_rollbacks(run_dir), take_guard_pause(run_dir, step)),
+            lambda: (read_guard_rollbacks(run_dir), read_guard_pause(run_dir, step)),
         )
         saved = _dict(state.guard)
         newest = newest_guard_state(saved, rollbacks, pause, went_on=self.has_begun)
-        self.guard.state = GuardState.from_json(known_at(step, newest, saved))
+        known = known_at(step, newest, saved)
+        self.guard.state = GuardState.from_json(known)
+        if known != newest and not self.context.observe:
+            event = {"event": "guard_restored", "step": step, "after": self.guard.state.to_json()}
+            self.telemetry.log(event)
         if self.guard.state.green_step is not None:
             self.saver.keep(self.guard.state.green_step)
         self.reweigh(self.guard.state)

@@ -17,6 +17,7 @@ from cpt.job.guard_levers import (
 )
 from cpt.job.job import Job
 from cpt.job.memory_report import report_memory
+from cpt.job.progress import forget_guard_pause
 from cpt.job.recovery import after_step
 from cpt.job.samples import show_continuations
 from cpt.job.saving import end, final_save, leave, periodic_save, publish
@@ -24,6 +25,7 @@ from cpt.job.stage_switch import change_stage
 from cpt.job.step_event import count_slots, step_event, tokens_by_source
 from cpt.job.step_lines import StepLines
 from cpt.resilience.agreed_stop import leave_if_asked
+from cpt.resilience.best_effort import best_effort
 from cpt.resilience.faults import fault_point
 from cpt.resilience.stop import StopRequest
 from cpt.telemetry.goodput import start_event
@@ -114,6 +116,9 @@ def begin(job: Job, last_step: int) -> None:
     step = job.progress.step
     fault_point("before_first_step", step)
     job.telemetry.log(start_event(step, job.telemetry.previous_end))
+    if job.topology.rank == 0:
+        with best_effort("The note of a pause that was answered stays"):
+            forget_guard_pause(job.run_dir)
     if step < last_step and job.guard is not None and job.guard.is_owed(step):
         measure(job, job.stop)
     leave_if_asked(job.stop, job.topology.control_group, "before the first step")

@@ -92,17 +92,12 @@ def write_guard_rollbacks(run_dir: Path, states: list[dict[str, Any]]) -> None:
     write_json(run_dir / GUARD_FILE, states, indent=1)
 
 
-def take_guard_pause(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """Return the guard's state at its last pause, if that was at this step.
-
-    A run that is at an earlier step has gone back, and meets that pause no more: it is removed.
-    """
+def read_guard_pause(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """Return the guard's state at its last pause, if that was at this step."""
     path = run_dir / PAUSE_FILE
     if not path.exists():
         return None
     noted = read_json(path, LARGE_BYTES, follow_links=False)
-    if noted["step"] > step:
-        path.unlink()
     state: dict[str, Any] | None = noted["state"] if noted["step"] == step else None
     return state
 
@@ -110,6 +105,11 @@ def take_guard_pause(run_dir: Path, step: int) -> dict[str, Any] | None:
 def write_guard_pause(run_dir: Path, step: int, state: dict[str, Any]) -> None:
     """Write the guard's state at a pause, as `GuardState.to_json` gave it."""
     write_json(run_dir / PAUSE_FILE, {"step": step, "state": state}, indent=1)
+
+
+def forget_guard_pause(run_dir: Path) -> None:
+    """Remove the note of a pause that a start has gone on after."""
+    (run_dir / PAUSE_FILE).unlink(missing_ok=True)
 
 
 def newest_guard_state(
@@ -153,7 +153,8 @@ def known_at(
     """Return what of the guard's state may be known at a step.
 
     A state after a rollback is of the step that the guard went back to. A run that goes back
-    further has not measured that step yet, and has no checkpoint of it.
+    further has not measured that step yet, and has no checkpoint of it: it knows what its
+    checkpoint does.
 
     Args:
         step: Optimizer steps done.
@@ -167,5 +168,6 @@ def known_at(
     green_step = state.get("green_step")
     if known == readings and (green_step is None or green_step <= step):
         return state
-    before = (saved or {}).get("green_step")
-    return {**state, "readings": known, "green": False, "green_step": before}
+    saved = saved or {}
+    known = {**saved.get("readings", {}), **known}
+    return {**state, "readings": known, "green": False, "green_step": saved.get("green_step")}

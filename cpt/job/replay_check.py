@@ -1,8 +1,8 @@
 """Compare text that a model wrote (`kind: self_replay`) with the untouched model of the run.
 
 Decisions
-    The untouched model has to have written it, which is not always the one that a run starts from:
-    a last phase after continual pretraining still replays what the release wrote.
+    The untouched model has to have written it, or the one that the run starts from, which are not
+    always the same: a last phase after continual pretraining still replays what the release wrote.
     The contents of all weight files are hashed for it. A gate that is passed at every start leaves
     that to the opening of the data, and refuses alone what no file could have written.
 """
@@ -19,7 +19,7 @@ from data_pipeline.dataset import BuiltData
 
 
 def check_replay(config: RunConfig, data: BuiltData, *, reads_weights: bool = True) -> None:
-    """Refuse replay that another model wrote than the untouched model of this run.
+    """Refuse replay that neither the untouched model of this run nor its first weights wrote.
 
     Args:
         config: The configuration, in which runs that are named as models are located.
@@ -33,10 +33,16 @@ def check_replay(config: RunConfig, data: BuiltData, *, reads_weights: bool = Tr
     base_models = {source.name: source.base_model for source in data.manifest.sources}
     if not any(base_models.values()):
         return
-    path = untouched_path(config)
-    if path is not None and not is_checkpoint(path) and not reads_weights:
+    paths = [untouched_path(config)]
+    if config.model.path not in paths:
+        paths.append(config.model.path)
+    if not reads_weights and any(path is not None and not is_checkpoint(path) for path in paths):
         return
-    files = [] if path is None else weight_files(path)
-    problems = check_base_model(base_models, files, untouched_name(config))
-    if problems:
-        raise ConfigError(problems)
+    refusals = []
+    for path in paths:
+        files = [] if path is None else weight_files(path)
+        refusal = check_base_model(base_models, files, untouched_name(config))
+        if not refusal:
+            return
+        refusals.append(refusal)
+    raise ConfigError(refusals[0])

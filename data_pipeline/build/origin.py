@@ -50,6 +50,8 @@ MAX_LISTED_FILES = 1000
 """Files of a source that a manifest lists one by one."""
 MAX_SHOWN_FILES = 5
 """Files of a source that a message names."""
+UNKNOWN = "unknown"
+"""A rule that files decide which cannot be read."""
 _FORMAT = 4
 """Format of the tokens and rows. The manifest has a version of its own."""
 _DECONTAMINATION_VERSION = 2
@@ -227,8 +229,10 @@ def _with_file_rules(mix: MixConfig, inputs: Inputs) -> Rules:
             of_source["unit_rules"] = units.LARGE_RULES
         if _reads_values_of_tables(source, inputs.get(source.name, ())):
             of_source["value_rules"] = VALUE_RULES_VERSION
-        if has_records and source.format == "build" and may_hold_conversations(source):
-            of_source["copies_by"] = COPIES_BY
+        if has_records and source.format == "build":
+            holds = may_hold_conversations(source)
+            if holds or holds is None:
+                of_source["copies_by"] = COPIES_BY if holds else UNKNOWN
     return rules
 
 
@@ -299,7 +303,7 @@ def compare(manifest: BuildManifest, mix: MixConfig, *, read_contents: bool) -> 
 
 
 def _take_what_is_unknown(rules: Rules, of_build: Mapping[str, Any], present: set[str]) -> None:
-    """Take the rules that only absent files could tell from those of a build.
+    """Take the rules that only files which are absent or unreadable could tell from a build.
 
     Args:
         rules: The rules of the mix, which are changed.
@@ -310,8 +314,11 @@ def _take_what_is_unknown(rules: Rules, of_build: Mapping[str, Any], present: se
     for of_mix in rules["sources"]:
         before = built.get(of_mix["name"], {})
         for key in ("unit_rules", "value_rules", "copies_by"):
-            if of_mix["name"] not in present and key in before:
+            is_unknown = of_mix["name"] not in present or of_mix.get(key) == UNKNOWN
+            if is_unknown and key in before:
                 of_mix[key] = before[key]
+            elif of_mix.get(key) == UNKNOWN:
+                del of_mix[key]
         function, digest = of_mix.get("hook", ("", ""))
         if function and not digest and before.get("hook", [""])[0] == function:
             of_mix["hook"] = before["hook"]

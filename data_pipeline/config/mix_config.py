@@ -50,8 +50,8 @@ class GuardDomain:
     ignored_keys: tuple[str, ...] = ()
     """Keys of conversations in the files of `path` that may be dropped, as for a source."""
     served_by: tuple[str, ...] = ()
-    """Names of sources that the guard replays for a domain with a `path`, also those of weight 0;
-    without them replay cannot help it. A domain with `sources` is served by these."""
+    """Names of sources that the guard replays for the domain, also those of weight 0. Without them
+    a domain with `sources` is served by these, and replay cannot help one with a `path`."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for each broken rule within one domain."""
@@ -68,8 +68,6 @@ class GuardDomain:
         has_file_keys = self.format != "auto" or self.text_field != "text"
         if has_file_keys and self.path is None:
             yield "format", "and text_field need a path. Remove them."
-        if self.served_by and self.path is None:
-            yield "served_by", "needs a path: a domain with sources is served by these. Remove it."
 
     @property
     def own_source(self) -> SourceConfig:

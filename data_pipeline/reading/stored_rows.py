@@ -23,7 +23,7 @@ import numpy as np
 
 from data_pipeline.config.links import dangling_link
 from data_pipeline.config.source_config import SourceConfig
-from data_pipeline.errors import DataError
+from data_pipeline.errors import CptError, DataError
 from data_pipeline.reading.table_columns import check_columns, column_path
 from data_pipeline.store.arrow_streams import check_saved_dataset
 from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
@@ -151,11 +151,11 @@ def holds_turns(source: SourceConfig) -> bool:
     return any(built.records is not None for built in _built_sources(source))
 
 
-def may_hold_conversations(source: SourceConfig) -> bool:
+def may_hold_conversations(source: SourceConfig) -> bool | None:
     """Return `holds_conversations` from one header, without a look at the rest of the build.
 
     Returns:
-        False also if the build cannot be read, which whoever takes documents from it is told.
+        None if the build cannot be read, which whoever takes documents from it is told.
     """
     directory = Path(source.patterns()[0])
     try:
@@ -164,8 +164,8 @@ def may_hold_conversations(source: SourceConfig) -> bool:
             shards = manifest.shard_names(name)
             if shards:
                 return Shards(directory / name, shards[:1], verify=False).chat
-    except (DataError, OSError):
-        pass
+    except (CptError, OSError):  # not there, damaged, or not this user's alone
+        return None
     return False
 
 

@@ -20,10 +20,11 @@ from cpt.job import guard_levers
 from cpt.job.guard_levers import go_on_after_pause
 from cpt.job.progress import (
     PAUSE_FILE,
+    forget_guard_pause,
     known_at,
     newest_guard_state,
+    read_guard_pause,
     read_guard_rollbacks,
-    take_guard_pause,
     write_guard_pause,
 )
 
@@ -66,7 +67,7 @@ class FakeJob:
         self.telemetry = SimpleNamespace(log=self.events.append)
         self.clock = SimpleNamespace(enter=lambda *_: None)
         self.engine = SimpleNamespace(deepspeed=None)
-        pause = take_guard_pause(run_dir, PAUSED)
+        pause = read_guard_pause(run_dir, PAUSED)
         saved = newest_guard_state(in_checkpoint.to_json(), read_guard_rollbacks(run_dir), pause)
         self.guard.state = GuardState.from_json(saved)
 
@@ -170,8 +171,11 @@ def test_a_pause_that_the_run_has_gone_on_after_counts_no_more(run_dir: Path) ->
     again = replace(BEFORE_THE_LOOK, rollbacks=1)
     job = go_on(run_dir, again)
     assert job.guard.state == again and not job.events
-    assert take_guard_pause(run_dir, PAUSED + 20) is None and (run_dir / PAUSE_FILE).exists()
-    assert take_guard_pause(run_dir, GREEN) is None and not (run_dir / PAUSE_FILE).exists()
+    assert read_guard_pause(run_dir, PAUSED + 20) is None and (run_dir / PAUSE_FILE).exists()
+    assert read_guard_pause(run_dir, GREEN) is None and (run_dir / PAUSE_FILE).exists()
+    for _ in range(2):
+        forget_guard_pause(run_dir)
+    assert not (run_dir / PAUSE_FILE).exists()
 
 
 def test_a_run_that_went_on_where_it_paused_is_not_paused_by_its_checkpoint_again(
@@ -199,9 +203,11 @@ def test_a_run_that_goes_back_behind_a_rollback_knows_nothing_of_later_steps(
     run_dir: Path,
 ) -> None:
     after = go_on(run_dir).guard.state.to_json()
-    saved = replace(BEFORE_THE_LOOK, green_step=20).to_json()
+    amber = {"english": reading(20, "amber")}
+    saved = replace(BEFORE_THE_LOOK, green_step=20, readings=amber).to_json()
     assert known_at(GREEN, after, saved) == after
     earlier = known_at(GREEN - 20, {**after, "green": True, "green_step": GREEN}, saved)
     assert earlier is not None
-    assert (earlier["readings"], earlier["green"], earlier["green_step"]) == ({}, False, 20)
+    assert not earlier["green"] and earlier["green_step"] == 20
+    assert earlier["readings"] == saved["readings"], "what was red or amber is not forgotten"
     assert earlier["rollbacks"] == 1 and known_at(0, None, None) is None

@@ -15,6 +15,7 @@ from cpt.guard.ladder import GuardState
 from cpt.job import saving
 from cpt.job.guard_levers import note_green
 from cpt.job.job import Job
+from cpt.job.progress import write_guard_rollbacks
 from cpt.job.saving import leave, periodic_save
 from cpt.resilience.stop import StopRequest
 
@@ -148,9 +149,17 @@ def test_a_later_start_keeps_the_green_checkpoint_from_deletion(
     monkeypatch.setattr("cpt.job.job.on_first_rank", lambda _, do: do())
     job = job_at(30, GuardState())
     job.run_dir = tmp_path
-    job.context = SimpleNamespace(control_group=None)
+    job.context = SimpleNamespace(control_group=None, observe=False)
     job.reweigh = lambda state: None
     job.has_begun = False
     stored: Any = SimpleNamespace(guard=GuardState(green=False, green_step=10).to_json())
     Job._restore_guard(job, stored)
     assert job.saver.kept == job.guard.state.green_step == 10
+    assert not job.events
+    # back behind a rollback of the guard: what was measured there is left out, and that is logged
+    later = GuardState(green_step=40, rollbacks=1).to_json()
+    write_guard_rollbacks(tmp_path, [later])
+    Job._restore_guard(job, stored)
+    assert job.saver.kept == job.guard.state.green_step == 10 and not job.guard.state.green
+    (event,) = job.events
+    assert event["event"] == "guard_restored" and event["after"] == job.guard.state.to_json()

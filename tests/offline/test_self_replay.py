@@ -174,9 +174,10 @@ def test_a_run_from_a_checkpoint_replays_what_its_baseline_model_wrote_and_nothi
     save_file({"w": torch.zeros(1)}, other / "model.safetensors", {"format": "pt"})
 
     check_replay(run_from(checkpoint, baseline=base), data)
+    check_replay(run_from(base, baseline=other), data)  # the model that the run starts from
     refusal = "source 'own' was written by the model .*, but the untouched model of this run is"
     with pytest.raises(ConfigError, match=f"{refusal} {other} .*guard.baseline_model"):
-        check_replay(run_from(base, baseline=other), data)
+        check_replay(run_from(checkpoint, baseline=other), data)
     # what every start checks before its ranks meet reads no weights, and still refuses this
     hashed: list[str] = []
     monkeypatch.setattr(

@@ -191,7 +191,7 @@ def test_a_step_is_exported_once_and_named_in_the_result(workplace: Workplace) -
     program.chmod(0o755)
     calls = workplace.folder / "calls"
     out = workplace.folder / "out"
-    words = [str(out), "--step", "40", "--only", "physics", "--format", "mxfp4"]
+    words = [str(out), "--step", "40", "--only", "physics", "--format", "mxfp4", "--score", "never"]
     variables = {
         "CPT_VENV": str(workplace.folder / "venv"),
         "CALLS": str(calls),
@@ -207,7 +207,7 @@ def test_a_step_is_exported_once_and_named_in_the_result(workplace: Workplace) -
         assert code == 0, output
     run_dir = workplace.folder / "run"
     words = ["-m", "cpt.cli", "export", "--run_dir", str(run_dir), "--step", "40"]
-    words += ["--out", f"{out}/export-step-40-mxfp4", "--format", "mxfp4"]
+    words += ["--out", f"{out}/export-step-40-mxfp4", "--format", "mxfp4", "--score", "never"]
     assert calls.read_text() == " ".join(words) + "\n"
     assert json.loads((out / "evaluation.json").read_text())["step"] == 40
 
@@ -217,7 +217,7 @@ def test_a_step_is_exported_once_and_named_in_the_result(workplace: Workplace) -
     assert (
         calls.read_text()
         .splitlines()[1]
-        .endswith(f"--out {out}/export-step-80-trained --format trained")
+        .endswith(f"--out {out}/export-step-80-trained --format trained --score never")
     )
 
 

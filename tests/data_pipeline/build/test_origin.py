@@ -197,6 +197,9 @@ def test_a_build_from_before_copies_of_stored_conversations_were_found_is_told(
     assert compare(manifest, mix, read_contents=True).differences == ()
     (line,) = compare(without_copies_by(manifest), mix, read_contents=True).differences
     assert line == 'sources[ja].copies_by: none in the build, "tokens" in the mix'
+    (tmp_path / "chats").chmod(0o775)  # readable, but no longer ours alone
+    for of_build in (manifest, without_copies_by(manifest)):
+        assert compare(of_build, mix, read_contents=True).differences == ()
     shutil.rmtree(tmp_path / "chats")
     mix = load_mix(tmp_path / "in" / "mix.yaml", need_files=False)
     for of_build in (manifest, without_copies_by(manifest)):

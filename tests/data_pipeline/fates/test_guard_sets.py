@@ -145,7 +145,6 @@ def test_guard_files_made_from_a_training_source_are_refused_with_the_figure(
         ({"path": "en.jsonl", "sources": ["en"]}, "together with sources"),
         ({"sources": []}, "is an empty list"),
         ({"sources": ["en"], "format": "harmony"}, "need a path"),
-        ({"sources": ["en"], "served_by": ["en"]}, "needs a path"),
         ({"path": "en.jsonl", "served_by": ["eng"]}, "is 'eng', which is no source. .*'en'"),
         ({"path": "en.jsonl", "served_by": ["en", "en"]}, "which the list already has"),
         (
