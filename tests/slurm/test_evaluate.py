@@ -191,7 +191,7 @@ def test_a_step_is_exported_once_and_named_in_the_result(workplace: Workplace) -
     program.chmod(0o755)
     calls = workplace.folder / "calls"
     out = workplace.folder / "out"
-    words = [str(out), "--step", "40", "--only", "physics", "--format", "mxfp4", "--score", "never"]
+    words = [str(out), "--step", "40", "--only", "physics", "--format", "mxfp4"]
     variables = {
         "CPT_VENV": str(workplace.folder / "venv"),
         "CALLS": str(calls),
