@@ -132,12 +132,11 @@ def newest_guard_state(
         went_on: This start has gone on after a pause, if there was one, and trains.
     """
     known = (saved or {}).get("rollbacks", 0)
-    if went_on:
-        return rollbacks[-1] if len(rollbacks) > known else saved
-    if pause is not None and pause["rollbacks"] == known and not _has_look(saved, pause):
-        saved = pause
-    if (saved or {}).get("paused") and len(rollbacks) == known + 1:
-        return saved
+    if not went_on:
+        if pause is not None and pause["rollbacks"] == known and not _has_look(saved, pause):
+            saved = pause
+        if (saved or {}).get("paused") and len(rollbacks) == known + 1:
+            return saved
     return rollbacks[-1] if len(rollbacks) > known else saved
 
 

@@ -218,8 +218,8 @@ def _with_file_rules(mix: MixConfig, inputs: Inputs) -> Rules:
     """Return the rules of a mix, with those that its files decide.
 
     Large sources name the rules by which they are cut into units, and sources of tables those by
-    which columns beside the text are read. Conversations of an earlier build
-    name by what copies are told, where others come from records: such copies were not found before.
+    which columns beside the text are read. Conversations of an earlier build name by what copies
+    are told, where others come from records: such copies were not found before.
     """
     rules = build_rules(mix)
     has_records = any(source.format == "harmony" for source in mix.sources)
@@ -231,8 +231,8 @@ def _with_file_rules(mix: MixConfig, inputs: Inputs) -> Rules:
             of_source["value_rules"] = VALUE_RULES_VERSION
         if has_records and source.format == "build":
             holds = may_hold_conversations(source)
-            if holds or holds is None:
-                of_source["copies_by"] = COPIES_BY if holds else UNKNOWN
+            if holds is not False:
+                of_source["copies_by"] = UNKNOWN if holds is None else COPIES_BY
     return rules
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
@@ -140,17 +142,11 @@ class SourceParts:
 
     def hashes_of(self, documents: Integers) -> Hashes:
         """Return the content hashes of documents, whose numbers rise."""
-        chosen = [np.zeros(0, HASH_DTYPE)]
-        for part, numbers in self._by_part(documents):
-            chosen.append(read_hashes(part)[numbers])
-        return np.concatenate(chosen)
+        return self._of_documents(documents, read_hashes, HASH_DTYPE)
 
     def copy_hashes_of(self, documents: Integers) -> Hashes:
         """Return the hashes that documents, whose numbers rise, share with their exact copies."""
-        chosen = [np.zeros(0, HASH_DTYPE)]
-        for part, numbers in self._by_part(documents):
-            chosen.append(read_copy_hashes(part)[numbers])
-        return np.concatenate(chosen)
+        return self._of_documents(documents, read_copy_hashes, HASH_DTYPE)
 
     @property
     def has_clusters(self) -> bool:
@@ -162,12 +158,18 @@ class SourceParts:
 
         Turns of one record are a cluster, unless `cluster_by` makes larger ones of whole files.
         """
-        chosen = [np.zeros(0, np.uint64)]
+        if self.source.cluster_by is not None:
+            return self._of_documents(documents, read_clusters, np.uint64)
+        records: Hashes = self._of_documents(documents, read_records, HASH_DTYPE)
+        return records["low"]
+
+    def _of_documents(
+        self, documents: Integers, read: Callable[[Part], Any], dtype: npt.DTypeLike
+    ) -> Any:
+        """Return what a side file of the parts holds of documents, whose numbers rise."""
+        chosen = [np.zeros(0, dtype)]
         for part, numbers in self._by_part(documents):
-            if self.source.cluster_by is not None:
-                chosen.append(read_clusters(part)[numbers])
-            else:
-                chosen.append(read_records(part)[numbers]["low"])
+            chosen.append(read(part)[numbers])
         return np.concatenate(chosen)
 
     def _by_part(self, documents: Integers) -> Iterator[tuple[Part, Integers]]:

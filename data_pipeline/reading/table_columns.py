@@ -329,11 +329,10 @@ def _scalars(column: pa.ChunkedArray) -> list[Any]:
     elif pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
         column = column.cast(pa.string())
     values: list[Any] = column.to_pylist()
-    if pa.types.is_float32(column.type):
-        return [None if value is None else float(str(np.float32(value))) for value in values]
-    if pa.types.is_float16(column.type):
-        return [None if value is None else float(str(np.float16(value))) for value in values]
-    return values
+    narrow = {pa.float32(): np.float32, pa.float16(): np.float16}.get(column.type)
+    if narrow is None:
+        return values
+    return [None if value is None else float(str(narrow(value))) for value in values]
 
 
 def _decoded_records(

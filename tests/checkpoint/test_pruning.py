@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from cpt.checkpoint.manifest import MANIFEST
 from cpt.checkpoint.pruning import Retention, prune
 from cpt.checkpoint.reader import list_steps, refusal_of, step_folder
 from cpt.config import CheckpointSection
-from tests.support.checkpoints import flip, write_checkpoint
+from tests.support.checkpoints import EndlessReading, flip, write_checkpoint
 
 
 def prune_to(
@@ -118,24 +116,17 @@ def test_in_haste_a_checkpoint_is_taken_for_sound_by_the_sizes_of_its_files(
 ) -> None:
     with open(step_folder(run_dir, 30) / "__0_0.distcp", "ab") as file:
         file.write(b"more")
-    began = threading.Event()
-
-    def read_for_ever(folder: Path, at_chunk: Callable[[], None]) -> None:
-        began.set()
-        while True:
-            at_chunk()
-            time.sleep(0.01)
-
+    reading = EndlessReading()
     kept = Retention(run_dir, CheckpointSection(keep_last=3))
     with monkeypatch.context() as slow:
-        slow.setattr(pruning, "refusal_of", read_for_ever)
+        slow.setattr(pruning, "refusal_of", reading)
         kept.note_published(40)
-        assert began.wait(60)
+        assert reading.began.wait(60)
         kept.hurry()
     assert list_steps(run_dir) == [40, 30, 20, 10], "three are sound besides 30"
     write_checkpoint(run_dir, 50)
     with monkeypatch.context() as slow:
-        slow.setattr(pruning, "refusal_of", read_for_ever)
+        slow.setattr(pruning, "refusal_of", reading)
         kept.note_published(50)
         kept.hurry()
     assert list_steps(run_dir) == [50, 40, 30, 20]

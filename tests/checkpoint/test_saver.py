@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from cpt.deepspeed_adapter.state_reading import StateReading
 from cpt.errors import InternalError, StorageError
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
+from tests.support.checkpoints import EndlessReading
 
 BEGIN = 1.0
 """All values of the trained parameter when a save begins."""
@@ -286,19 +286,12 @@ def test_a_save_in_haste_does_not_wait_until_an_older_checkpoint_is_read(
         for step in (1, 2, 3):
             first.save_now(step, {})
     (tmp_path / "store").unlink(missing_ok=True)
-    reading = threading.Event()
-
-    def read_for_ever(folder: Path, at_chunk: Callable[[], None]) -> None:
-        reading.set()
-        while True:
-            at_chunk()
-            time.sleep(0.01)
-
-    monkeypatch.setattr(pruning, "refusal_of", read_for_ever)
+    reading = EndlessReading()
+    monkeypatch.setattr(pruning, "refusal_of", reading)
     with saver_of(tmp_path, Engine(), monkeypatch, False, keep_last=3) as second:
         second.trust(3)
         second.save_now(4, {})
-        assert reading.wait(LONG)
+        assert reading.began.wait(LONG)
         saving = in_thread(lambda: second.save_now(5, {}, in_haste=True))
         saving.join(LONG)
         assert not saving.is_alive(), "it waits for a reading that does not end"

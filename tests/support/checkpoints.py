@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,3 +130,16 @@ def as_format_1(folder: Path) -> None:
         manifest["files"] = [file for file in manifest["files"] if file["name"] != RANGES]
 
     sign_again(folder, older)
+
+
+class EndlessReading:
+    """Stands for `refusal_of` of a checkpoint that is never read to its end."""
+
+    def __init__(self) -> None:
+        self.began = threading.Event()
+
+    def __call__(self, folder: Path, at_chunk: Callable[[], object]) -> str | None:
+        self.began.set()
+        while True:
+            at_chunk()
+            time.sleep(0.01)
