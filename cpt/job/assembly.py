@@ -33,6 +33,7 @@ from cpt.job.engine_setup import (
 )
 from cpt.job.job import Job, start_from_loaded
 from cpt.job.kept_config import keep_config
+from cpt.job.resume_order import note_carried_out
 from cpt.job.resumption import (
     StartingPoint,
     expected_checkpoint,
@@ -241,15 +242,19 @@ def load_newest(context: RunContext, engine: TrainingEngine) -> LoadedState | No
     Raises:
         CheckpointError: on all ranks: none is sound, or it belongs to another model.
     """
-    if context.resume == "never":
+    run_dir, resume = context.run_dir, context.resume
+    if resume == "never":
         return None
-    return load_checkpoint(
-        context.run_dir,
+    loaded = load_checkpoint(
+        run_dir,
         engine.deepspeed,
         context.topology,
-        context.resume,
+        resume,
         set_aside=not context.observe,
     )
+    if resume != "auto" and not context.observe:
+        on_first_rank(context.control_group, lambda: note_carried_out(run_dir, resume))
+    return loaded
 
 
 def keep_baseline_model(context: RunContext, engine: TrainingEngine, guard: Guard) -> None:

@@ -74,6 +74,7 @@ from cpt.job.kept_config import kept_models
 from cpt.job.packed_base import check_one_expert, packed_base_problems
 from cpt.job.passed_gate import PassedGate
 from cpt.job.replay_check import check_replay
+from cpt.job.resume_order import resume_word
 from cpt.job.resumption import (
     ExpectedCheckpoint,
     StartingPoint,
@@ -83,7 +84,7 @@ from cpt.job.resumption import (
 )
 from cpt.job.run_dir import RoomNeeded, check_place, room_needed, stored_numels
 from cpt.job.seam import Seam
-from cpt.job.start_options import check_start, resume_word
+from cpt.job.start_options import check_start
 from cpt.model import attention
 from cpt.model.adapters.layout import adapter_problems
 from cpt.model.configuration import differing_keys
@@ -178,9 +179,10 @@ class _Gate:
         self.environment = environment
         self.json_file = json_file
         self.run_dir: Path = options.run_dir or Path("runs") / options.config.stem
-        self.resume = resume_word(options.resume, environment.restarts)
         self.found = Findings()
         """Refusals of the checks that every rank makes."""
+        self.trains = not (options.sample or options.measure)
+        self.resume = self._resume_word(options.resume)
         self.run_yaml = self._with_models_located(run_yaml)
         self.found_by_one = Findings()
         """Refusals of the checks that only the first rank makes, and of those of its own node."""
@@ -199,7 +201,6 @@ class _Gate:
         self.gpu: str | None = options.gpu
         self.card: Card | None = None
         self.seam: Seam | None = None
-        self.trains = not (options.sample or options.measure)
         self.is_dry_run: bool = options.dry_run
 
     def result(self) -> PassedGate:
@@ -244,6 +245,14 @@ class _Gate:
             environment=self.environment,
             refusal=joined(self.found_by_one),
         )
+
+    def _resume_word(self, asked: str) -> str:
+        """Return what this start resumes from; a look at a run is no start of it."""
+        if not self.trains:
+            return asked
+        restarts = self.environment.restarts
+        word = self.found.attempt(lambda: resume_word(asked, restarts, self.run_dir))
+        return asked if word is None else word
 
     def _with_models_located(self, run_yaml: RunYaml) -> RunYaml:
         """Return the run YAML with one checkpoint in place of each run that it names as a model."""

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -75,6 +76,9 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
         sp_size=passed.config.sp_size, ep_size=passed.config.ep_size, device=device
     )
     together(topology.control_group, passed.refuse)
+    # each rank has looked by itself whether an earlier start has carried out --resume
+    resume = on_first_rank(topology.control_group, lambda: passed.resume)
+    passed = replace(passed, resume=resume)
     check_same_everywhere(passed.config, topology)
     try:
         run(options, passed, topology, stop, secret)
@@ -151,8 +155,7 @@ def run(
         if topology.rank == 0:
             log.info("%s", describe(passed))
         if options.resume != context.resume:
-            word = options.resume
-            log.info("requeued: resumes as auto; --resume %s is for a job's first start", word)
+            log.info("--resume %s was carried out by an earlier start of this job", options.resume)
         network = None
         if not context.observe:
             network = look_at_network(context, passed.environment.local_rank)

@@ -16,6 +16,7 @@ from transformers import GptOssConfig
 
 from cpt.config import RunConfig
 from cpt.errors import StageFinished, StorageError
+from cpt.job.resume_order import forget_order, note_carried_out
 from cpt.model.adapters.layout import adapter_shapes
 from cpt.model.freezing import frozen_names
 from cpt.model.linear_maps import is_for_muon
@@ -53,8 +54,11 @@ def held_run_dir(
     def take() -> None:
         make_run_dir(run_dir)
         locks.append(take_lock(run_dir))
+        if resume != "auto":
+            forget_order(run_dir)
         if resume == "never":
             move_aside(run_dir)
+            note_carried_out(run_dir, resume)
         check_run_space(run_dir, config, numels)
 
     try:

@@ -59,8 +59,3 @@ def command_line_problems(options: argparse.Namespace) -> list[str]:
     if options.resume not in ("auto", "never") and not is_step:
         problems.append(f"--resume {options.resume} must be auto, never or a step.")
     return problems + gpu_problems(options.gpu)
-
-
-def resume_word(asked: str, restarts: int) -> str:
-    """Return what to resume from: a requeued job goes on from its own newest checkpoint."""
-    return "auto" if restarts > 0 else asked

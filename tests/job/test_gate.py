@@ -35,6 +35,7 @@ from cpt.job.caches import check_caches
 from cpt.job.findings import Findings, joined
 from cpt.job.gate import pass_gate
 from cpt.job.progress import Progress
+from cpt.job.resume_order import note_carried_out
 from cpt.model.configuration import PRESETS, load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.resilience.stop import StopRequest
@@ -899,6 +900,20 @@ def test_step_that_does_not_exist_is_refused_with_those_that_do(
     assert "never" not in message
     assert main([*arguments, "1"], StopRequest()) == 0
     assert "resumes from" in capsys.readouterr().out
+
+
+def test_job_that_is_queued_again_takes_the_step_until_it_was_loaded(
+    workplace: Path, dry_run: DryRun, trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = trained.with_name("step-00000004")
+    shutil.copytree(trained, newer)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    arguments = [*arguments_of(workplace), "--dry_run", "--resume", "1"]
+    assert main(arguments, StopRequest()) == 0
+    assert newer.name not in capsys.readouterr().out
+    note_carried_out(workplace / "run", "1")
+    assert main(arguments, StopRequest()) == 0
+    assert newer.name in capsys.readouterr().out, "looked at first"
 
 
 def test_step_that_was_asked_for_is_compared_as_the_newest_is(

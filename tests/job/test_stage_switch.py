@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cpt.errors import EXIT_DONE, ConfigError, StageFinished
+from cpt.job.resume_order import note_carried_out, resume_word
 from cpt.job.stage_switch import next_environment
-from cpt.job.start_options import resume_word
 from cpt.resilience.environment import read_environment
 from cpt.resilience.lock import LOCK_TOKEN, take_lock
 from tests.support.launcher import ROOT, free_port, rank_environment
@@ -52,13 +52,14 @@ def test_request_to_stop_that_nobody_answered_reaches_the_next_program(tmp_path:
     assert output.splitlines()[-1].split() == ["second", str(process.pid), "SIGTERM"]
 
 
-def test_next_start_has_the_secret_and_goes_on_from_the_newest_checkpoint() -> None:
+def test_next_start_has_the_secret_and_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
     first = next_environment(rank_environment(0, 2, 1234), SECRET)
     second = next_environment(first, None)
     assert first["CPT_JOB_SECRET"] == SECRET.decode()
     assert [read_environment(found).restarts for found in (first, second)] == [1, 2]
     # a user who gave `--resume never` meant the beginning of the run
-    assert resume_word("never", read_environment(first).restarts) == "auto"
+    note_carried_out(tmp_path, "never")
+    assert resume_word("never", read_environment(first).restarts, tmp_path) == "auto"
 
 
 def test_torchrun_gives_the_next_start_names_of_its_own_in_its_store() -> None:
