@@ -30,7 +30,6 @@ from cpt.resilience.faults import fault_point
 from cpt.resilience.stop import StopRequest
 from cpt.telemetry.goodput import start_event
 from cpt.telemetry.router import mean_overlap, router_event
-from cpt.telemetry.running_goodput import RunningGoodput
 from cpt.training.engine import StepResult, Votes
 from cpt.training.garbage_collection import collecting
 from cpt.training.schedule import learning_rate
@@ -146,7 +145,7 @@ def step_lines(job: Job, last_step: int) -> StepLines:
         last_step=last_step,
         interval_steps=job.config.telemetry.log_interval_steps if job.topology.rank == 0 else 0,
         memory_kind="GPU" if job.topology.device.type == "cuda" else "RSS",
-        goodput=RunningGoodput(job.run_dir / "metrics.jsonl").share,
+        goodput=job.telemetry.goodput_share,
     )
 
 

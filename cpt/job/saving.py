@@ -6,6 +6,7 @@ A periodic save that fails costs one error line; the last one is the run's.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,10 +19,13 @@ from cpt.job.job import Job
 from cpt.resilience.agreed_stop import agreed_reason
 from cpt.resilience.best_effort import best_effort
 from cpt.resilience.stop import Deadline
-from cpt.telemetry.goodput import goodput
 
 log = logging.getLogger("cpt.job.saving")
 
+ACCOUNT_SECONDS = 5.0
+"""Longest time that a run that leaves on request reads its log for the account of its time: its job
+may be about to end.  Usually the steps since the last line about one are all that is left to read.
+"""
 TOLD: dict[Way, str] = {
     "copy": "asynchronous",
     "stream": "asynchronous without a copy, the next update waits until it is written",
@@ -100,22 +104,26 @@ def leave(job: Job) -> NoReturn:
     stopped = RequeueRequested(
         f"stopped on request after step {job.progress.step}: {reason}. Saved; start again to go on."
     )
-    end(job, stopped.exit_code, str(stopped))
+    end(job, stopped.exit_code, str(stopped), ACCOUNT_SECONDS)
     raise stopped
 
 
-def end(job: Job, exit_code: int, cause: str) -> None:
+def end(job: Job, exit_code: int, cause: str, account_seconds: float = math.inf) -> None:
     """Log the end of training, and where the time of all starts of the run went.
 
     Args:
         job: The run.
         exit_code: What the processes are about to end with.
         cause: Why training ends, in one line.
+        account_seconds: Longest time to read what of the log was not read yet.
     """
     job.context.ending.tell(job.telemetry, exit_code, cause)
     if job.topology.rank == 0:
         with best_effort("The time of the run is not accounted for"):
-            spent = goodput(job.telemetry.events())
+            spent = job.telemetry.goodput(account_seconds)
+            if spent is None:
+                log.info("the log is too long to account for the time of the run before leaving")
+                return
             job.telemetry.log(spent.event(job.progress.step))
             log.info("%s", spent.describe())
 

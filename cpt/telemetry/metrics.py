@@ -17,7 +17,9 @@ from typing import Any, Protocol
 
 from cpt.resilience.best_effort import reason_of
 from cpt.telemetry.event_reader import iter_events
+from cpt.telemetry.goodput import Goodput
 from cpt.telemetry.json_values import finite
+from cpt.telemetry.running_goodput import RunningGoodput
 from data_pipeline.store.files import no_links
 
 log = logging.getLogger("cpt.telemetry.metrics")
@@ -45,6 +47,7 @@ class Telemetry:
         self.previous_end = _time_of(path) if path is not None else None
         """Time of the last line of an earlier start; None if there was none."""
         self._file = MetricsFile(path) if path is not None else None
+        self._goodput = RunningGoodput(path) if path is not None else None
         self._trackers = trackers
 
     def log(self, event: dict[str, Any]) -> None:
@@ -67,6 +70,23 @@ class Telemetry:
         """
         if self._file is not None:
             yield from self._file.events()
+
+    def goodput_share(self) -> float:
+        """Return the productive share of all time so far; see `RunningGoodput.share`."""
+        return math.nan if self._goodput is None else self._goodput.share()
+
+    def goodput(self, longest_seconds: float = math.inf) -> Goodput | None:
+        """Return the account of all starts of the run, with events that wait to be written.
+
+        Returns:
+            None if what was not read yet takes longer to read, or without a file.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if self._file is None or self._goodput is None:
+            return None
+        return self._goodput.result(list(self._file.waiting()), longest_seconds)
 
     def close(self, longest_seconds: float = math.inf) -> None:
         """Close file and trackers.
@@ -116,6 +136,10 @@ class MetricsFile:
             OSError: the file cannot be read.
         """
         yield from iter_events(self._path)
+        yield from self.waiting()
+
+    def waiting(self) -> Iterator[dict[str, Any]]:
+        """Yield the events that wait to be written."""
         for line in self._waiting:
             yield json.loads(line)
 

@@ -16,7 +16,7 @@ from cpt.job import saving
 from cpt.job.guard_levers import note_green
 from cpt.job.job import Job
 from cpt.job.progress import write_guard_rollbacks
-from cpt.job.saving import leave, periodic_save
+from cpt.job.saving import ACCOUNT_SECONDS, end, leave, periodic_save
 from cpt.resilience.stop import StopRequest
 
 
@@ -134,13 +134,31 @@ def test_leaving_waits_for_deletions_no_longer_than_there_is_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(saving, "agreed_reason", lambda stop, group: "SIGTERM")
-    monkeypatch.setattr(saving, "end", lambda job, code, cause: None)
+    limits: list[float] = []
+    monkeypatch.setattr(saving, "end", lambda job, code, cause, seconds: limits.append(seconds))
     job = job_at(10, GuardState())
     with pytest.raises(RequeueRequested, match="after step 10: SIGTERM"):
         leave(job)
+    assert limits == [ACCOUNT_SECONDS], "the log of a long run is not read to its end"
     *before, (last, seconds) = job.calls
     assert before == ["save", "finish", ("save_now", 10, False, True)]
     assert last == "close" and 40 < seconds <= 50
+
+
+def test_run_whose_log_is_too_long_to_read_in_time_ends_without_the_account(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    job = job_at(10, GuardState())
+    told: list[str] = []
+    asked: list[float] = []
+    job.context = SimpleNamespace(
+        ending=SimpleNamespace(tell=lambda telemetry, code, cause: told.append(cause))
+    )
+    job.telemetry.goodput = asked.append  # returns None
+    with caplog.at_level(logging.INFO):
+        end(job, 75, "stopped", ACCOUNT_SECONDS)
+    assert told == ["stopped"] and asked == [ACCOUNT_SECONDS] and job.events == []
+    assert "the log is too long to account for the time of the run" in caplog.text
 
 
 def test_a_later_start_keeps_the_green_checkpoint_from_deletion(

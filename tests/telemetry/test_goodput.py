@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from cpt.resilience.processes import age_seconds
+from cpt.telemetry import event_reader, running_goodput
+from cpt.telemetry.event_reader import EventReader
 from cpt.telemetry.goodput import LOST, Goodput, goodput, start_event
+from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.running_goodput import RunningGoodput
 
 Event = dict[str, Any]
@@ -168,3 +171,67 @@ def test_share_of_a_start_that_goes_on_counts_the_time_since_its_last_event(
         file.write(json.dumps({"event": "step", "step": 2, "seconds": 20.0}) + "\n")
     monkeypatch.setattr(time, "time", lambda: 1080.0)
     assert running.share() == pytest.approx(50 / 80)
+
+
+def written(path: Path, events: list[dict[str, Any]]) -> None:
+    """Append events to a log."""
+    with path.open("a", encoding="utf-8") as file:
+        for event in events:
+            file.write(json.dumps(event) + "\n")
+
+
+def test_account_at_the_end_reads_only_what_no_look_has_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    running = RunningGoodput(path)
+    first = [start(0, at=1000.0), *steps(1, 50)]
+    last = [
+        {"event": "step", "step": 51, "seconds": 7.0},
+        {"event": "end", "step": 51, "time": 2e3},
+    ]
+    written(path, first)
+    running.share()
+    written(path, last)
+    parsed: list[bytes] = []
+    plain = event_reader._parsed_line
+    monkeypatch.setattr(
+        event_reader, "_parsed_line", lambda line: parsed.append(line) or plain(line)
+    )
+    assert running.result() == goodput(first + last)
+    assert len(parsed) == len(last)
+
+
+def test_events_that_wait_to_be_written_count_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    telemetry = Telemetry(path)
+    telemetry.log(start(0, at=1000.0))
+    path.unlink()
+    path.mkdir()  # the file system fails
+    telemetry.log({"event": "step", "step": 1, "seconds": 7.0})
+    with pytest.raises(OSError):
+        telemetry.goodput()
+    path.rmdir()
+    written(path, [start(0, at=1000.0)])
+    for _ in range(2):
+        spent = telemetry.goodput()
+        assert spent is not None and spent.productive == 7.0
+    telemetry.log({"event": "step", "step": 2, "seconds": 5.0})
+    spent = telemetry.goodput()
+    assert spent is not None and spent.productive == 12.0
+
+
+def test_account_that_would_take_too_long_to_read_is_left_out_and_read_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = EventReader.read
+    monkeypatch.setattr(EventReader, "read", lambda reader: plain(reader, 256))
+    monkeypatch.setattr(running_goodput, "LOOK_SECONDS", 0.0)
+    path = tmp_path / "metrics.jsonl"
+    events = [start(0, at=1000.0), *steps(1, 20)]
+    written(path, events)
+    running = RunningGoodput(path)
+    assert running.result(longest_seconds=0.0) is None
+    assert math.isnan(running.share())
+    assert running.result() == goodput(events)
+    assert math.isfinite(running.share())
