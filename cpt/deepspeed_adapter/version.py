@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import deepspeed
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -70,12 +71,14 @@ RELIED_ON: dict[Feature, tuple[PrivateCode, ...]] = {
         PrivateCode(DeepSpeedZeroOptimizer, "_configure_moe_settings", "1266af584e83dfa1"),
     ),
     # gradients.py shadows `_get_norm_groups`; partition.py overrides the first method of Init and
-    # calls the second.
+    # calls the second; running_modules.py shortens the list that the hooks of the last two keep.
     "ZeRO-3": (
         PrivateCode(DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups", "6a068faa3149b1f4"),
         PrivateCode(DeepSpeedZeroOptimizer_Stage3, "get_param_id", "a6dc96bd483c1400"),
         PrivateCode(Init, "_convert_to_zero_parameters", "df65a7124c1cdc9c"),
         PrivateCode(Init, "_convert_to_deepspeed_param", "77281d2526a148fb"),
+        PrivateCode(DeepSpeedZeRoOffload, "_register_deepspeed_module", "05081f6e841fa219"),
+        PrivateCode(DeepSpeedZeRoOffload, "pre_sub_module_forward_function", "62abffd323b9210b"),
     ),
     # offload.py replaces the first method. The second makes the buffer and the dictionary that
     # `place_gradients` uses; the next two write to them. gradient_places.py replaces the fourth,

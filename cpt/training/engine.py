@@ -40,6 +40,7 @@ from cpt.deepspeed_adapter.engine import initialize
 from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.fragments import fragments_of
 from cpt.deepspeed_adapter.gradients import apply_update, discard_gradients, squared_gradient_norm
+from cpt.deepspeed_adapter.running_modules import recomputed_modules_forgotten
 from cpt.errors import InternalError
 from cpt.model.attention import Attention
 from cpt.model.decoding import PromptPass, TokenPass, next_token_logits
@@ -368,7 +369,8 @@ class TrainingEngine:
             if micro_step > 0:
                 # Between accumulation steps this only advances the engine's counter.
                 self.deepspeed.step()
-            nats_LB = self._backward(batch, step, loss_scale, loss_factors)
+            with recomputed_modules_forgotten():
+                nats_LB = self._backward(batch, step, loss_scale, loss_factors)
             passes.append(_Pass(nats_LB=nats_LB, source_of_row=batch.source_of_row))
         return passes
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpt.config.precision_sections import QuantizeSection
@@ -175,6 +176,22 @@ def test_micro_batches_read_nothing_and_a_step_reads_once(
     assert result.applied and (result.router is not None) == measure
     gradient = engine.deepspeed.weight.grad
     assert result.grad_norm == pytest.approx(float(gradient.norm()), rel=1e-6)
+
+
+def test_what_a_backward_leaves_on_the_list_of_running_modules_is_taken_off(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = list(FWD_MODULE_STACK)
+
+    def backward(loss: torch.Tensor, scale_wrt_gas: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        FWD_MODULE_STACK.append("a layer that was computed again")
+
+    with one_process(tmp_path) as topology:
+        engine = make_engine(topology)
+        monkeypatch.setattr(engine.deepspeed, "backward", backward)
+        engine.step(micro_batches(topology), [5, 7], step=1)
+    assert before == FWD_MODULE_STACK
 
 
 def expected_nats(engine: Any, batches: list[MicroBatch]) -> list[float]:
