@@ -10,13 +10,9 @@ from typing import IO, TYPE_CHECKING
 from data_pipeline.objects.object_paths import ObjectPath
 from data_pipeline.reading.table_columns import check_columns, field_type
 from data_pipeline.reading.unreadable_files import parquet_errors, unreadable, unreadable_parquet
-from data_pipeline.store.parquet_pages import (
-    MAX_FOOTER_BYTES,
-    MAX_THRIFT_ITEMS,
-    ROW_COUNTS,
-    ColumnBounds,
-    check_footer,
-)
+from data_pipeline.store.parquet_footer import MAX_FOOTER_BYTES, check_footer, read_columns
+from data_pipeline.store.parquet_pages import ROW_COUNTS, ColumnBounds
+from data_pipeline.store.thrift import MAX_ITEMS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,7 +46,7 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
                 pre_buffer=False,
                 buffer_size=_BUFFER_BYTES,
                 thrift_string_size_limit=MAX_FOOTER_BYTES,
-                thrift_container_size_limit=MAX_THRIFT_ITEMS,
+                thrift_container_size_limit=MAX_ITEMS,
             ) as file,
         ):
             yield file
@@ -127,16 +123,17 @@ def _batch_rows(path: Path, file: pq.ParquetFile, groups: range, fields: tuple[s
     """
     import pyarrow as pa
 
+    row_groups = read_columns(path)
     columns = []
     most_rows = ROW_COUNTS[0]
     for number in range(file.metadata.num_columns):
-        name = file.schema.column(number).path
-        if name not in fields:
+        described = file.schema.column(number)
+        if described.path not in fields:
             continue
-        keeps = pa.types.is_dictionary(field_type(file.schema_arrow, name))
+        keeps = pa.types.is_dictionary(field_type(file.schema_arrow, described.path))
         if not keeps:
             most_rows = _BATCH_ROWS
-        columns.append(ColumnBounds(path, file.metadata, number, keeps=keeps))
+        columns.append(ColumnBounds(path, row_groups, number, described.physical_type, keeps=keeps))
     for column in columns:
         for group in groups:
             column.add_group(group)

@@ -1,11 +1,10 @@
-"""The sizes that a Parquet file claims, read before anything is made of them.
+"""The sizes that the pages of a Parquet file claim, read before anything is made of them.
 
-    file -> length of its footer -> (pyarrow reads the footer) -> page headers -> rows at a time
+    footer -> page headers -> rows at a time
 
 Decisions
     A page is decompressed as a whole, and its header alone says how large it becomes: the footer
-    only repeats what the writer claimed. pyarrow shows no page headers, so they are read here: some
-    numbers of a Thrift structure, whose other fields are skipped.
+    only repeats what the writer claimed. pyarrow shows no page headers, so they are read here.
     Values in a page of plain encoding stand there in full, so rows take no more than the pages that
     they are in. Other encodings repeat: a row there takes as much as the longest value, which is no
     longer than the dictionary, or than the page.
@@ -14,48 +13,53 @@ Decisions
     hundreds of MiB. It is read, because it takes room in the file as well; a page that takes almost
     none there, and much in memory, is not text.
 
-Source: the Parquet format, parquet.thrift (PageHeader, DataPageHeader, DataPageHeaderV2), and the
-    compact protocol of Thrift (thrift-compact-protocol.md).
+Source: the Parquet format, parquet.thrift (PageHeader, DataPageHeader, DataPageHeaderV2).
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, Any
 
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
+from data_pipeline.store.parquet_footer import ColumnChunk, Columns
+from data_pipeline.store.thrift import I32, Struct, parse_struct
 
-MAX_FOOTER_BYTES = 16 * 2**20
-"""Bytes of the longest footer that is read; pyarrow makes some 20 times as many of it."""
 MAX_PAGE_BYTES = 2**30
 """Bytes of the largest page that is read, before or after its compression."""
 FREE_PAGE_BYTES = 128 * 2**20
 """Bytes up to which a page is read whatever it takes in the file."""
 MAX_RATIO = 100
 """A larger page may be so many times as large as it is in the file. Snappy reaches 21."""
-MAX_THRIFT_ITEMS = 100_000
-"""Items of a list in the footer: row groups, columns, keys."""
 ROW_COUNTS = (16_384, 4096, 1024, 256, 64, 16, 4)
 """Numbers of rows for which `ColumnBounds` knows the memory."""
-_MAGIC = b"PAR1"
 _FIRST_BYTES = 512
 """Bytes in which the header of a page is looked for first; statistics can make it longer."""
 _MAX_HEADER_BYTES = 2**20
-_MAX_DEPTH = 8
 _MOST_WALKED = 500_000
 """Values of the largest dictionary whose values are measured one by one."""
-_CODECS = ("SNAPPY", "GZIP", "ZSTD")
-_I32 = 5
-_STRUCT = 12
+_UNCOMPRESSED = 0
+_CODECS = {1: "snappy", 2: "gzip", 6: "zstd"}
+"""Names of pyarrow for codecs of the enumeration CompressionCodec."""
 _DATA, _DICTIONARY, _DATA_2 = 0, 2, 3
 _HEADER_FIELDS = {_DATA: 5, _DICTIONARY: 7, _DATA_2: 8}
 """Where the header of a page has that of its type."""
 _ENCODING_FIELDS = {_DATA: 2, _DICTIONARY: 2, _DATA_2: 4}
+_PAGE = "the header of a page"
+_HEADER = Struct(
+    name=_PAGE,
+    fields={
+        1: I32,  # type
+        2: I32,  # uncompressed_page_size
+        3: I32,  # compressed_page_size
+        5: Struct(name=_PAGE, fields={1: I32, 2: I32}),
+        7: Struct(name=_PAGE, fields={1: I32, 2: I32}),
+        8: Struct(name=_PAGE, fields={1: I32, 4: I32}),
+    },
+)
 _FIXED_WIDTH = ("BOOLEAN", "INT32", "INT64", "INT96", "FLOAT", "DOUBLE")
 _WIDEST_VALUE = 16
 """Bytes that a value of _FIXED_WIDTH takes at most."""
@@ -81,29 +85,6 @@ class _Page:
     """Values in it, null or not, which are rows in a data page of a column that is read."""
     encoding: int
     """As in the enumeration Encoding."""
-
-
-def check_footer(path: Path) -> None:
-    """Refuse a Parquet file whose footer is too long, before it is read.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it has no footer, or one that is too long; the message says so.
-    """
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 8, 0))
-        end = file.read(8)
-    if len(end) < 8 or end[4:] != _MAGIC:
-        raise ValueError("it does not end as Parquet does, so it is cut off")
-    length = int.from_bytes(end[:4], "little")
-    if length > size:
-        raise ValueError(f"it is {size:,} bytes long and claims a footer of {length:,}")
-    if length > MAX_FOOTER_BYTES:
-        raise ValueError(
-            f"its footer has {length:,} bytes, at most {MAX_FOOTER_BYTES:,} are read. It has too "
-            "many row groups, columns or statistics for a file of texts"
-        )
 
 
 class _Window:
@@ -136,22 +117,31 @@ class ColumnBounds:
     together.
     """
 
-    def __init__(self, path: Path, metadata: pq.FileMetaData, column: int, *, keeps: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        row_groups: Sequence[Columns],
+        column: int,
+        physical_type: str,
+        *,
+        keeps: bool,
+    ) -> None:
         """Begin without row groups.
 
         Args:
             path: The file.
-            metadata: Its footer.
+            row_groups: The columns of each, as its footer has them.
             column: Number of the leaf column, which has one value a row.
+            physical_type: Type of its values in the file, as pyarrow calls it.
             keeps: Arrow keeps the column as a dictionary.
         """
         self.largest_page = 0
         """Bytes of the largest page, decompressed."""
         self._path = path
-        self._metadata = metadata
+        self._row_groups = row_groups
         self._column = column
         self._keeps = keeps
-        self._has_width = metadata.schema.column(column).physical_type in _FIXED_WIDTH
+        self._has_width = physical_type in _FIXED_WIDTH
         self._windows = [_Window(rows) for rows in ROW_COUNTS]
         self._longest_value = 0
         self._largest_dictionary = 0
@@ -169,12 +159,9 @@ class ColumnBounds:
             OSError: the file cannot be read.
             ValueError: a page is too large, or is no page.
         """
-        chunk = self._metadata.row_group(group).column(self._column)
-        start = chunk.data_page_offset
-        offset = chunk.dictionary_page_offset
-        if offset is not None and 0 < offset < start:
-            start = offset
-        stop = start + chunk.total_compressed_size
+        chunk = self._chunk(group)
+        start = chunk.start
+        stop = chunk.stop
         dictionary_size = longest = 0
         with self._path.open("rb", buffering=0) as file:
             if start < 0 or stop > file.seek(0, os.SEEK_END):
@@ -187,12 +174,19 @@ class ColumnBounds:
                     dictionary_size = page.size
                     longest = _WIDEST_VALUE
                     if not self._has_width:
-                        longest = _longest_value(file, page, chunk.compression)
+                        longest = _longest_value(file, page, chunk.codec)
                     self._largest_dictionary = max(self._largest_dictionary, dictionary_size)
                 elif page.values > 0:
                     self._add_page(page, dictionary_size, longest)
                     dictionary_size = 0
                 start = page.start + page.compressed_size
+
+    def _chunk(self, group: int) -> ColumnChunk:
+        columns = self._row_groups[group]
+        chunk = columns[self._column] if self._column < len(columns) else None
+        if chunk is None:
+            raise ValueError(f"row group {group} does not say where its column {self._column} is")
+        return chunk
 
     def _add_page(self, page: _Page, dictionary_size: int, longest: int) -> None:
         """Take a data page; `dictionary_size` counts where a dictionary is kept, once."""
@@ -232,7 +226,7 @@ def _check_size(page: _Page, group: int) -> None:
         )
 
 
-def _longest_value(file: IO[bytes], page: _Page, codec: str) -> int:
+def _longest_value(file: IO[bytes], page: _Page, codec: int) -> int:
     """Return the bytes of the longest value of a dictionary, or a number that is larger."""
     import pyarrow as pa
 
@@ -240,8 +234,8 @@ def _longest_value(file: IO[bytes], page: _Page, codec: str) -> int:
         return page.size
     data = _read_at(file, page.start, page.compressed_size)
     if codec in _CODECS:
-        data = pa.decompress(data, page.size, codec.lower(), asbytes=True)
-    elif codec != "UNCOMPRESSED":
+        data = pa.decompress(data, page.size, _CODECS[codec], asbytes=True)
+    elif codec != _UNCOMPRESSED:
         return page.size
     longest = 0
     at = 0
@@ -267,110 +261,35 @@ def _read_page(file: IO[bytes], start: int, stop: int) -> _Page:
     while True:
         data = _read_at(file, start, min(num_bytes, stop - start))
         try:
-            fields, length = _parse_struct(data, 0, 0)
+            fields, length = parse_struct(data, 0, _HEADER)
             break
         except IndexError:
             if len(data) < num_bytes or num_bytes >= _MAX_HEADER_BYTES:
                 raise ValueError(f"no header of a page at byte {start:,}") from None
             num_bytes *= 8
-    kind = _number(fields, 1)
-    inner = fields.get(_HEADER_FIELDS.get(kind, 0))
+    try:
+        return _page(fields, start + length)
+    except KeyError as error:
+        raise ValueError(f"the header of a page lacks its field {error}") from None
+
+
+def _page(fields: dict[int, Any], start: int) -> _Page:
+    """Return what the fields of a header say of the page that begins at `start`.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    kind = fields[1]
     values = encoding = 0
-    if isinstance(inner, dict):
-        values = _number(inner, 1)
-        encoding = _number(inner, _ENCODING_FIELDS[kind])
+    inner = fields.get(_HEADER_FIELDS.get(kind, 0))
+    if inner is not None:
+        values = inner[1]
+        encoding = inner[_ENCODING_FIELDS[kind]]
     return _Page(
-        start=start + length,
-        size=_number(fields, 2),
-        compressed_size=_number(fields, 3),
+        start=start,
+        size=fields[2],
+        compressed_size=fields[3],
         type=kind,
         values=values,
         encoding=encoding,
     )
-
-
-def _number(fields: Mapping[int, object], field: int) -> int:
-    value = fields.get(field)
-    if not isinstance(value, int):
-        raise ValueError(f"the header of a page lacks its field {field}")
-    return value
-
-
-def _parse_struct(data: bytes, at: int, depth: int) -> tuple[dict[int, object], int]:
-    """Return (numbers of 32 bits and structures by field, position behind the structure).
-
-    Raises:
-        IndexError: it goes on behind `data`.
-        ValueError: it is none.
-    """
-    fields: dict[int, object] = {}
-    field = 0
-    while data[at]:
-        kind = data[at] & 15
-        step = data[at] >> 4
-        at += 1
-        if step:
-            field += step
-        else:
-            value, at = _varint(data, at)
-            field = _signed(value)
-        if kind == _I32:
-            value, at = _varint(data, at)
-            fields[field] = _signed(value)
-        elif kind == _STRUCT and depth < _MAX_DEPTH:
-            fields[field], at = _parse_struct(data, at, depth + 1)
-        else:
-            at = _skip(data, at, kind, depth)
-    return fields, at + 1
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return (number, position behind it) of a number of 7 bits a byte."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError("the header of a page has a number of more than 64 bits")
-
-
-def _signed(value: int) -> int:
-    return (value >> 1) ^ -(value & 1)
-
-
-def _skip(data: bytes, at: int, kind: int, depth: int) -> int:
-    """Return the position behind a value of the compact protocol."""
-    if depth > _MAX_DEPTH:
-        raise ValueError("the header of a page is nested too deeply")
-    if kind in (1, 2):  # true and false, which are the kind itself
-        return at
-    if kind == 3:
-        return at + 1
-    if kind in (4, 5, 6):
-        return _varint(data, at)[1]
-    if kind == 7:
-        return at + 8
-    if kind == 8:
-        length, at = _varint(data, at)
-        return at + length
-    if kind in (9, 10):
-        return _skip_list(data, at, depth)
-    if kind == _STRUCT:
-        return _parse_struct(data, at, depth + 1)[1]
-    raise ValueError(f"the header of a page has a value of the unknown kind {kind}")
-
-
-def _skip_list(data: bytes, at: int, depth: int) -> int:
-    count = data[at] >> 4
-    kind = data[at] & 15
-    at += 1
-    if count == 15:
-        count, at = _varint(data, at)
-    if count > len(data):
-        raise IndexError("a list that is longer than what was read")
-    for _ in range(count):
-        # in a list, true and false take a byte each
-        at = at + 1 if kind in (1, 2) else _skip(data, at, kind, depth + 1)
-    return at

@@ -21,7 +21,7 @@ from data_pipeline.parts import near_duplicates
 from data_pipeline.reading import json_records, parquet_files, table_columns
 from data_pipeline.reading.json_records import parse_record
 from data_pipeline.reading.sources import read_texts
-from data_pipeline.store import parquet_pages
+from data_pipeline.store import parquet_footer, parquet_pages
 from data_pipeline.text import cleaning
 from data_pipeline.text.cleaning import (
     MAX_DOCUMENT_BYTES,
@@ -332,9 +332,10 @@ def test_the_largest_page_is_found_with_statistics_and_in_every_encoding(tmp_pat
                 row_group_size=1000,
             )
             metadata = pq.ParquetFile(path).metadata
+            columns = parquet_footer.read_columns(path)
             for group in range(metadata.num_row_groups):
                 chunk = metadata.row_group(group).column(0)
-                bounds = parquet_pages.ColumnBounds(path, metadata, 0, keeps=False)
+                bounds = parquet_pages.ColumnBounds(path, columns, 0, "BYTE_ARRAY", keeps=False)
                 bounds.add_group(group)
                 assert 0 < bounds.largest_page <= chunk.total_uncompressed_size
                 assert bounds.largest_page >= (50_000 if group == 0 else 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config.source_config import SourceConfig
@@ -154,7 +157,36 @@ def test_a_pointer_among_the_files_of_a_dataset_is_told(tmp_path: Path) -> None:
         read(tmp_path / "d", format="huggingface")
 
 
+KNOWN = ((210, 56), (256, 1))
+"""Bytes of the file below and what is changed in them: pyarrow aborts if asked for its columns."""
+
+
+def test_no_byte_of_a_footer_ends_the_process(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", text=STRINGS, n=[1, 2, 3])
+    content = path.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    drawn = random.Random(0)
+    damages = list(KNOWN)
+    for _ in range(60):
+        damages.append((drawn.randrange(footer, len(content)), drawn.randrange(1, 256)))
+    child = os.fork()
+    if child == 0:
+        try:
+            for place, mask in damages:
+                damaged = bytearray(content)
+                damaged[place] ^= mask
+                path.write_bytes(damaged)
+                with contextlib.suppress(DataError):
+                    read(path)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 @settings(max_examples=60, deadline=None)
+@example(place=KNOWN[0][0], mask=KNOWN[0][1], cut=0)
+@example(place=KNOWN[1][0], mask=KNOWN[1][1], cut=0)
 @given(place=st.integers(0, 5000), mask=st.integers(1, 255), cut=st.integers(0, 300))
 def test_damaged_parquet_gives_texts_or_a_message_that_names_it(
     place: int, mask: int, cut: int
