@@ -17,6 +17,7 @@ from typing import Any
 from data_pipeline.config.document_hook import hook_problem
 from data_pipeline.config.file_patterns import absolute_pattern, expand
 from data_pipeline.config.generation_config import read_prompts
+from data_pipeline.config.guard_cleaning import check_guard_cleaning
 from data_pipeline.config.language_limits import WEIGHT_SUM_TOLERANCE
 from data_pipeline.config.links import dangling_link
 from data_pipeline.config.mix_config import OWN_PREFIX
@@ -76,6 +77,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
             if need_files:
                 _check_files(reader, domain, (*path, "path"), base)
             _check_own_source(reader, domain, path, by_name)
+            check_guard_cleaning(reader, domain, path, by_name)
             _check_decontamination(reader, raw, path)
 
 

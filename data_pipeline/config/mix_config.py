@@ -17,10 +17,12 @@ from data_pipeline.config.generation_config import GenerationDomain
 from data_pipeline.config.language_limits import LanguageLimits
 from data_pipeline.config.schedule_config import SchedulePhase
 from data_pipeline.config.source_config import (
+    Normalization,
     SourceConfig,
     check_ignored_keys,
     check_language,
     check_name,
+    check_normalise,
 )
 from data_pipeline.config.stage_config import StageConfig, stage_problems
 from data_pipeline.config.traces_config import TraceDomain
@@ -49,6 +51,10 @@ class GuardDomain:
     """Key or column that holds the text in the files of `path`."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of conversations in the files of `path` that may be dropped, as for a source."""
+    normalise: tuple[Normalization, ...] | None = None
+    """Cleaning steps for the files of `path`, as for a source. Copies of them are looked for in
+    training text as it is after its own steps, so both should have the same. Required, and may be
+    empty, if a source of the same language has some."""
     served_by: tuple[str, ...] = ()
     """Names of sources that the guard replays for the domain, also those of weight 0. Without them
     a domain with `sources` is served by these, and replay cannot help one with a `path`."""
@@ -68,6 +74,9 @@ class GuardDomain:
         has_file_keys = self.format != "auto" or self.text_field != "text"
         if has_file_keys and self.path is None:
             yield "format", "and text_field need a path. Remove them."
+        if self.normalise is not None and self.path is None:
+            yield "normalise", "needs a path: the sources have their own. Remove it."
+        yield from check_normalise(self.normalise or (), self.format)
 
     @property
     def own_source(self) -> SourceConfig:
@@ -80,6 +89,7 @@ class GuardDomain:
             format=self.format,
             text_field=self.text_field,
             ignored_keys=self.ignored_keys,
+            normalise=self.normalise or (),
             weight=0.0,
             held_out_share=1.0,
         )

@@ -128,6 +128,14 @@ def check_ignored_keys(
             )
 
 
+def check_normalise(steps: tuple[Normalization, ...], file_format: str) -> Iterator[Problem]:
+    """Yield a problem if cleaning steps exclude each other, or have no plain text to clean."""
+    if "nfc" in steps and "nfkc" in steps:
+        yield "normalise", "lists nfc and nfkc. Choose one."
+    if steps and file_format in ("mock", "harmony"):
+        yield "normalise", f"is given, but format: {file_format} has no plain text. Remove it."
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
     """One stream of documents of one language and domain."""
@@ -323,10 +331,7 @@ class SourceConfig:
                 "kind",
                 "is self_replay, but path names objects. Copy the files and their sidecar here.",
             )
-        if "nfc" in self.normalise and "nfkc" in self.normalise:
-            yield "normalise", "lists nfc and nfkc. Choose one."
-        if self.normalise and self.format in ("mock", "harmony"):
-            yield "normalise", f"is given, but format: {self.format} has no plain text. Remove it."
+        yield from check_normalise(self.normalise, self.format)
 
     def _check_conversations(self) -> Iterator[Problem]:
         """Yield the broken rules on the keys of conversations."""

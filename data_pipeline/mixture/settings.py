@@ -45,6 +45,7 @@ def mix_settings(mix: MixConfig) -> Settings:
     for domain in domains:
         if not domain["served_by"]:
             del domain["served_by"]  # so that the hash of a mix without it stays what it was
+        del domain["normalise"]  # the source of the domain's files has it
     settings["sources"] = {source.pop("name"): source for source in settings["sources"]}
     settings["guard"] = {domain.pop("name"): domain for domain in domains}
     for phase in settings["schedule"]:

@@ -242,6 +242,9 @@ class BuildManifest:
             for entry in (source, *source["stages"]):
                 if not entry["slots"]:  # builds without masks are those of earlier versions
                     del entry["slots"]
+        for domain in content["guard_domains"]:
+            if domain["normalise"] is None:  # it belongs to files, which are a source here
+                del domain["normalise"]
         return content
 
     @property

@@ -166,6 +166,60 @@ def test_a_wrong_guard_domain_is_refused(
         )
 
 
+def japanese_files(tmp_path: Path, texts: list[str], **keys: Any) -> dict[str, Any]:
+    """Write guard files beside Japanese training text that is cleaned."""
+    found = own_files(tmp_path, texts)
+    found["guard"]["domains"][0] |= {"language": "ja", **keys}
+    return found | {"sources": {"ja": {"normalise": ["control", "width"]}}, "seq_len": 256}
+
+
+def test_guard_files_are_found_in_text_that_is_cleaned(make_mix: MakeMix, tmp_path: Path) -> None:
+    wide = str.maketrans("0123456789", "".join(chr(0xFF10 + digit) for digit in range(10)))
+    plain = [" ".join(str(101 * n + at) for at in range(40)) for n in range(8)]
+    guard = [text.translate(wide) for text in plain]
+    others = [f"{n} other words that stand nowhere else {n * n}" for n in range(20)]
+    texts = {"ja": [*guard, *others]}
+    found = {}
+    for steps in (["control", "width"], []):
+        mix = make_mix(texts, **japanese_files(tmp_path, guard, normalise=steps))
+        manifest = build(mix, tmp_path / f"out{len(steps)}", progress=False)
+        found[len(steps)] = manifest.guard_sets()["mine"].found
+        trained = training_text(BuiltData.open(tmp_path / f"out{len(steps)}"))
+        assert (plain[3] in trained) == (not steps)
+    assert found == {2: len(guard), 0: 0}
+
+
+def test_guard_files_beside_text_that_is_cleaned_say_how_they_are(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    message = (
+        r"normalise is missing, but the source 'ja' .* \[control, width\].* or normalise: \[\]"
+    )
+    with pytest.raises(ConfigError, match=message):
+        make_mix({"ja": ["a"]}, **japanese_files(tmp_path, ["b"]))
+    other = japanese_files(tmp_path, ["b"], language="en")
+    assert make_mix({"ja": ["a"]}, **other).sources[1].normalise == ()
+    with pytest.raises(ConfigError, match="normalise lists nfc and nfkc"):
+        make_mix({"ja": ["a"]}, **japanese_files(tmp_path, ["b"], normalise=["nfc", "nfkc"]))
+    measured = {"name": "mine", "language": "ja", "sources": ["ja"], "normalise": ["nfc"]}
+    with pytest.raises(ConfigError, match="normalise needs a path"):
+        make_mix({"ja": ["a"]}, held_out_share=0.5, guard={"domains": [measured]})
+
+
+def test_guard_files_that_are_not_cleaned_are_those_of_earlier_versions(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    keys = own_files(tmp_path, SPLIT_WORDS[:8])
+    before = make_mix({"en": SPLIT_WORDS[8:]}, **keys)
+    keys["guard"]["domains"][0]["normalise"] = []
+    now = make_mix({"en": SPLIT_WORDS[8:]}, **keys)
+    assert mix_hash(now) == mix_hash(before) and now.sources == before.sources
+    assert "normalise" not in mix_settings(now)["guard"]["mine"]
+    manifest = build(now, tmp_path / "out", progress=False)
+    assert "normalise" not in manifest.content()["guard_domains"][0]
+    assert read_manifest(tmp_path / "out").hash == manifest.hash
+
+
 def test_guard_files_without_decontamination_are_refused(make_mix: MakeMix, tmp_path: Path) -> None:
     keys = own_files(tmp_path, SPLIT_WORDS[:8]) | {"decontaminate_tokens": 0}
     with pytest.raises(ConfigError, match="decontaminate_tokens is 0"):
