@@ -26,6 +26,7 @@ from cpt.guard.decision import after_pause
 from cpt.guard.guard import Guard
 from cpt.guard.ladder import LEVERS, RELIEFS, Decision, GuardState
 from cpt.guard.lever_limits import LeverLimits
+from cpt.guard.requirements import acts
 from cpt.guard.yardstick import Evidence, Reading
 from cpt.job.job import Job
 from cpt.job.progress import read_guard_rollbacks, write_guard_pause, write_guard_rollbacks
@@ -120,8 +121,11 @@ def pause(job: Job, reason: str) -> NoReturn:
 
 
 def note_green(job: Job) -> None:
-    """Remember a checkpoint that is about to be saved as one to go back to."""
-    if job.guard is None:
+    """Remember a checkpoint that is about to be saved as one to go back to.
+
+    A guard that does not act never goes back, so nothing is kept from deletion for it.
+    """
+    if job.guard is None or not acts(job.config.guard):
         return
     state = job.guard.state
     if state.green and not state.paused and job.progress.step:

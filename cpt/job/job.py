@@ -19,6 +19,7 @@ from cpt.errors import DataError
 from cpt.guard.guard import Guard
 from cpt.guard.ladder import GuardState
 from cpt.guard.replay_share import ReplayShares
+from cpt.guard.requirements import acts
 from cpt.job.context import RunContext
 from cpt.job.progress import (
     Progress,
@@ -296,7 +297,7 @@ class Job:
         if known != newest and not self.context.observe:
             event = {"event": "guard_restored", "step": step, "after": self.guard.state.to_json()}
             self.telemetry.log(event)
-        if self.guard.state.green_step is not None:
+        if self.guard.state.green_step is not None and acts(self.config.guard):
             self.saver.keep(self.guard.state.green_step)
         self.reweigh(self.guard.state)
 

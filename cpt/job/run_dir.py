@@ -16,6 +16,7 @@ from transformers import GptOssConfig
 
 from cpt.config import RunConfig
 from cpt.errors import StageFinished, StorageError
+from cpt.guard.requirements import acts
 from cpt.job.resume_order import forget_order, note_carried_out
 from cpt.model.adapters.layout import adapter_shapes
 from cpt.model.freezing import frozen_names
@@ -277,9 +278,7 @@ def room_needed(
     # the one that this start comes from is never deleted by it
     there = newest | for_good | ({step} & set(existing))
     # nor is the one that the guard goes back to, which may be older than the newest
-    num_green = int(
-        config.guard.enabled and config.guard.policy == "act" and len(every) > len(there)
-    )
+    num_green = int(config.guard.enabled and acts(config.guard) and len(every) > len(there))
     export = 0
     if config.telemetry.export_at_end:
         export = EXPORT_BYTES * sum(numels.values())

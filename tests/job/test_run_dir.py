@@ -29,6 +29,8 @@ from tests.support.other_users import (
 )
 
 NUMELS = {"a": 1000}
+ACTS = GuardSection(interval_steps=10)
+WARNS = GuardSection(interval_steps=10, policy="warn")
 
 
 def needed(
@@ -61,9 +63,10 @@ def needed(
         pytest.param({"interval_steps": 10, "existing": (80, 90), "step": 80}, 1, id="gone-back"),
         pytest.param({"interval_steps": 0, "existing": (100,), "step": 100}, 1, id="done"),
         pytest.param({"interval_steps": 10, "existing": (10, 20), "step": 20}, 2, id="came-from"),
-        pytest.param({"interval_steps": 10, "guard": GuardSection()}, 4, id="guard-goes-back"),
-        pytest.param({"interval_steps": 10, "guard": GuardSection(policy="warn")}, 3, id="warns"),
-        pytest.param({"interval_steps": 60, "guard": GuardSection()}, 2, id="all-are-kept"),
+        pytest.param({"interval_steps": 10, "guard": ACTS}, 4, id="guard-goes-back"),
+        pytest.param({"interval_steps": 10, "guard": WARNS}, 3, id="guard-only-warns"),
+        pytest.param({"interval_steps": 10, "guard": GuardSection()}, 3, id="never-looks-on-the-way"),
+        pytest.param({"interval_steps": 60, "guard": ACTS}, 2, id="all-are-kept"),
     ],
 )
 def test_checkpoints_that_lie_there_at_one_time_are_counted(

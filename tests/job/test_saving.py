@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cpt.checkpoint.save_in_progress import Published
+from cpt.config import GuardSection
 from cpt.errors import RequeueRequested, StorageError
 from cpt.guard.ladder import GuardState
 from cpt.job import saving
@@ -89,7 +90,10 @@ def job_at(step: int, state: GuardState) -> Any:
         telemetry=SimpleNamespace(log=events.append),
         report=None,
         stop=StopRequest({}),
-        config=SimpleNamespace(checkpoint=SimpleNamespace(stop_budget_seconds=50)),
+        config=SimpleNamespace(
+            checkpoint=SimpleNamespace(stop_budget_seconds=50),
+            guard=GuardSection(interval_steps=10),
+        ),
     )
 
 
@@ -112,6 +116,25 @@ def test_a_failed_save_leaves_the_guard_the_green_checkpoint_that_there_is(
     assert job.events[-1] == {"event": "checkpoint_failed", "step": 20, "reason": "no space left"}
     assert job.guard.state.green_step == 10, "what the save of step 30 will say"
     assert job.calls[-1] == ("start", 30, False)
+
+
+@pytest.mark.parametrize("settings", [GuardSection(), GuardSection(interval_steps=10, policy="warn")])
+def test_a_guard_that_does_not_act_keeps_no_checkpoint_from_deletion(
+    settings: GuardSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpt.job.job.on_first_rank", lambda _, do: do())
+    job = job_at(10, GuardState(green=True))
+    job.config.guard = settings
+    note_green(job)
+    periodic_save(job)
+    assert job.guard.state.green_step is None and job.calls[-1] == ("start", 10, False)
+    # nor does a start that was told so since
+    job.run_dir = tmp_path
+    job.context = SimpleNamespace(control_group=None, observe=False)
+    job.reweigh = lambda state: None
+    job.has_begun = False
+    Job._restore_guard(job, SimpleNamespace(guard=GuardState(green_step=10).to_json()))
+    assert job.saver.kept is None and job.guard.state.green_step == 10
 
 
 def test_a_failed_save_that_was_not_green_takes_nothing_back() -> None:
