@@ -97,6 +97,11 @@ def import_adapter(request: ImportRequest) -> Path:
             f"{request.run_dir} has checkpoints already, such as that of step {steps[0]}. Give a "
             "new --run_dir."
         )
+    if (request.run_dir / "guard").exists():
+        raise ConfigError(
+            f"{request.run_dir} has measurements of the guard already (guard/), which are of other "
+            "first weights. Give a new --run_dir."
+        )
     wrong = adapter_problems(request.section, request.config)
     if wrong:
         raise ConfigError(wrong)

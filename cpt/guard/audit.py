@@ -73,8 +73,7 @@ def audit(run_dir: Path) -> list[AuditedDecision]:
             "--run_dir."
         )
     judges = stored_judges(run_dir / "guard")
-    # a run with `guard.baseline_model` may start from a model that is not green (`_note_start`)
-    known_states = [GuardState(), GuardState(green=False)]
+    known_states: list[GuardState] = []
     audited = []
     kinds = ("guard_rollback", "guard_restored", "guard_decision")
     with show_progress(None, "audit", "decision") as bar:
@@ -138,7 +137,7 @@ def _audit_decision(
     settings = _settings(event["settings"])
     evidence = _evidence(event, settings)
     problems = []
-    if _without_step(before) not in known_states:
+    if _without_step(before) not in known_states and not _is_start(before):
         problems.append("the state before it does not follow any earlier decision.")
     seen = _with_readings(before, evidence)
     scores = run_dir / "guard" / Path(event["scores"]).name
@@ -167,6 +166,22 @@ def _audit_decision(
         bounds_checked=scores_checked,
         problems=problems,
     )
+
+
+def _is_start(state: GuardState) -> bool:
+    """Return whether it is the state before the first decision.
+
+    A run with `guard.baseline_model` may start from a model that is not green, and knows what was
+    measured of it (`Guard._note_start`).
+    """
+    states = []
+    for reading in state.readings.values():
+        if reading["step"]:
+            return False
+        states.append(reading["state"])
+    is_green = state.green and set(states) <= {"green"}
+    start = GuardState(green=is_green, readings=state.readings)
+    return _without_step(state) == start
 
 
 def _is_old(event: Json) -> bool:

@@ -173,11 +173,6 @@ def _stem(what: str, step: int) -> str:
     return f"{what}-{step:08d}"
 
 
-def has_file(folder: Path, what: str, step: int) -> bool:
-    """Return whether a measurement of a step was written."""
-    return (folder / f"{_stem(what, step)}.json").exists()
-
-
 def free_file(folder: Path, what: str, step: int) -> Path:
     """Return a new file for a measurement of a step; a step that is done again gets another one."""
     stem = _stem(what, step)

@@ -102,6 +102,8 @@ def decide_two_way(
 ) -> tuple[GuardState, Decision]:
     """Return the next state and the decision; the arguments are those of `ladder.decide`."""
     state, actions = observed(state, evidence)
+    if settings.policy != "act":  # a run that acts again must not go on from looks of long ago
+        state = dataclasses.replace(state, smoothed={}, stuck={}, best={}, settled=0)
     if last or settings.policy != "act":
         return concluded(state, evidence, actions)
     measured = [one for one in evidence if not one.age_steps]

@@ -16,7 +16,7 @@ from typing import Any
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
-from cpt.guard.baseline import has_file, keep_on_first_rank, write_on_first_rank
+from cpt.guard.baseline import keep_on_first_rank, write_on_first_rank
 from cpt.guard.decision import decide
 from cpt.guard.ladder import (
     LEVERS,
@@ -101,12 +101,6 @@ class Guard:
             return step == 0
         measured = [reading["step"] for reading in self.state.readings.values()]
         return step not in measured
-
-    def has_scores(self, step: int) -> bool:
-        """Return whether a look at a step was measured to its end; all ranks call it together."""
-        return on_first_rank(
-            self._topology.control_group, lambda: has_file(self._folder, "scores", step)
-        )
 
     def open_untouched(self, step: int) -> None:
         """Read what every yardstick kept of the untouched model, before a run goes on.
@@ -272,11 +266,24 @@ class Guard:
     def _note_start(self, after: Json) -> None:
         """Take from the look of step 0 whether the model that the run starts from is green.
 
-        It is, unless it is compared with another model: then it may have lost too much already, and
-        a checkpoint before the next look is not one to go back to. Nothing else follows.
+        It is, unless it is compared with another model: then it may have lost too much already. A
+        checkpoint before the next look is not one to go back to, nor is one of a look that has not
+        measured the domains that were lost. Nothing else follows.
         """
-        if self._config.guard.baseline_model is not None:
-            self.state = replace(self.state, green=after["green"])
+        if self._config.guard.baseline_model is None:
+            return
+        readings = {}
+        for yardstick in filter(self._is_due_on_the_way, self._yardsticks):
+            for name in yardstick.domain_names:
+                if name in after["readings"]:
+                    readings[name] = after["readings"][name]
+        self.state = replace(self.state, green=after["green"], readings=readings)
+
+    def _is_due_on_the_way(self, yardstick: Yardstick) -> bool:
+        """Return whether a yardstick measures between step 0 and the end of the run."""
+        interval = self._config.guard.interval_steps or self._config.train.total_steps
+        steps = range(interval, self._config.train.total_steps, max(1, interval))
+        return any(yardstick.is_due(self.look_at(step, last=False)) for step in steps)
 
     def _outcome(self, look: Look, scores: Mapping[Kind, Json], limits: LeverLimits) -> Json:
         """Return what a look leads to, as JSON values.

@@ -77,7 +77,7 @@ class ReplayShares:
             max_replay_share: Largest share of all sources that are not in the main language.
             least_replay: Smallest share of a replayed source, as a part of the mix's.
         """
-        self.main_language = _main_language(mix)
+        self.main_language = main_language_of(mix)
         self._mix = mix
         self._data = data
         self._configured: dict[str, float] = {}
@@ -386,7 +386,7 @@ class ReplayShares:
         return limits
 
 
-def _main_language(mix: MixConfig) -> str:
+def main_language_of(mix: MixConfig) -> str:
     """Return the language with the largest share, the first of the mix among equals."""
     shares: dict[str, float] = {}
     for source in mix.sources:

@@ -57,6 +57,7 @@ from cpt.errors import ConfigError
 from cpt.guard.generation.requirements import generation_problems
 from cpt.guard.kept_files import missing_files
 from cpt.guard.requirements import documents_by_domain, guard_problems
+from cpt.guard.start_warnings import guard_warnings
 from cpt.guard.traces.requirements import trace_problems
 from cpt.job.adapter_advice import warn_of_settings
 from cpt.job.caches import check_caches
@@ -534,6 +535,10 @@ class _Gate:
         self._check_kept_files(mix, num_documents)
         self._check_replay(data)
         weighted = self._with_weights(mix, data)
+        if weighted is not None and self.trains:
+            manifest = None if data is None else data.manifest
+            for warning in guard_warnings(guard, weighted, manifest):
+                log.warning("%s", warning)
         start = None if weighted is None else self._start(weighted, data)
         if weighted is not None and start is not None and data is not None:
             self._check_plan(weighted, data, start)

@@ -141,6 +141,9 @@ def go_on_after_pause(job: Job) -> None:
     guard = job.guard
     if guard is None or not guard.state.paused:
         return
+    if job.config.guard.policy != "act":
+        overrule_pause(job, guard)
+        return
     started = time.perf_counter()
     paused = guard.state
     from_step = job.progress.step
@@ -168,6 +171,23 @@ def go_on_after_pause(job: Job) -> None:
         log.warning("after the guard's pause %s; replay: %s", where, describe_shares(state))
 
 
+def overrule_pause(job: Job, guard: Guard) -> None:
+    """Go on where the guard paused the run, because it is told to do no more than warn."""
+    reason = guard.state.paused
+    guard.state = replace(guard.state, paused="")
+    step = job.progress.step
+    event = {"event": "guard_restored", "step": step, "after": guard.state.to_json()}
+    job.telemetry.log(event)
+    if job.topology.rank == 0:
+        log.warning(
+            "the guard paused this run at step %d: %s. guard.policy is %s, so the run goes on from "
+            "there, with the replay and the learning rate that the guard had set.",
+            step,
+            reason,
+            job.config.guard.policy,
+        )
+
+
 def check_rollbacks_left(job: Job, paused: GuardState) -> None:
     """Refuse to go on after the last pause that is allowed.
 
@@ -179,8 +199,8 @@ def check_rollbacks_left(job: Job, paused: GuardState) -> None:
     raise ConfigError(
         f"the guard paused this run at step {job.progress.step}: {paused.paused}. It has gone on "
         f"after a pause {paused.rollbacks} times (guard.max_rollbacks). Raise the tolerance "
-        "(guard.tolerance_percent, guard.domains), give the mix more replay, lower train.lr, or "
-        "allow more with --set guard.max_rollbacks."
+        "(guard.tolerance_percent, guard.domains), give the mix more replay, lower train.lr, allow "
+        "more with --set guard.max_rollbacks, or let the guard only tell: --set guard.policy=warn."
     )
 
 

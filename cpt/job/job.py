@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from cpt.guard.requirements import acts
 from cpt.job.context import RunContext
 from cpt.job.progress import (
     Progress,
+    forgotten_levers,
     known_at,
     newest_guard_state,
     read_guard_pause,
@@ -47,6 +49,8 @@ from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger, Segment
 from data_pipeline.mixture.mixture import GlobalBatch, Mixture
 from data_pipeline.mixture.stages import StagePlan, mixture_of
+
+log = logging.getLogger("cpt.job.job")
 
 
 @dataclass(kw_only=True)
@@ -276,6 +280,7 @@ class Job:
         self.progress.restore(start.progress, start.progress.skip_ranges)
         self.stability.restore(_dict(state.stability))
         self.engine.router_watch.restore(state.router_load)
+        self.router_overlap = None  # what was measured may be of weights that the run has left
         set_optimizer_step(self.engine.deepspeed, self.progress.updates)
         if self.progress.step > 0 or self.has_begun:
             self.engine.rounding.publish(self.progress.step)
@@ -284,6 +289,14 @@ class Job:
 
     def _restore_guard(self, state: RunState) -> None:
         if self.guard is None:
+            forgotten = forgotten_levers(state.guard or {})
+            if forgotten and self.topology.rank == 0:
+                log.warning(
+                    "guard.enabled is false: the guard of this run had seen to it that %s. From "
+                    "here that no longer holds. Lower train.lr if it should stay low, or switch "
+                    "the guard on with guard.policy: warn.",
+                    ", and ".join(forgotten),
+                )
             return
         step, run_dir = self.progress.step, self.run_dir
         rollbacks, pause = on_first_rank(

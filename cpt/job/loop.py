@@ -24,12 +24,14 @@ from cpt.job.saving import end, final_save, leave, periodic_save, publish
 from cpt.job.stage_switch import change_stage
 from cpt.job.step_event import count_slots, step_event, tokens_by_source
 from cpt.job.step_lines import StepLines
+from cpt.parallel.agreement import on_first_rank
 from cpt.resilience.agreed_stop import leave_if_asked
 from cpt.resilience.best_effort import best_effort
 from cpt.resilience.faults import fault_point
 from cpt.resilience.stop import StopRequest
 from cpt.telemetry.goodput import start_event
 from cpt.telemetry.router import mean_overlap, router_event
+from cpt.telemetry.run_end import has_last_look
 from cpt.training.engine import StepResult, Votes
 from cpt.training.garbage_collection import collecting
 from cpt.training.schedule import learning_rate
@@ -61,7 +63,7 @@ def train(job: Job) -> bool:
         job.guard.open_untouched(progress.step)
     go_on_after_pause(job)
     if progress.step >= last_step > 0:
-        is_measured = job.guard is None or job.guard.has_scores(progress.step)
+        is_measured = job.guard is None or is_last_look_done(job)
         if not is_measured:  # the run was killed after its last save
             measure(job, last=True)
         if not is_measured or job.context.ending.has_failed_before:
@@ -104,6 +106,18 @@ def train(job: Job) -> bool:
         measure(job, last=True)
     end(job, EXIT_DONE, f"finished: step {progress.step} of {last_step}")
     return True
+
+
+def is_last_look_done(job: Job) -> bool:
+    """Return whether the guard measured the weights of the end; one that cannot tell did not."""
+
+    def look() -> bool:
+        is_done = False
+        with best_effort("The last look of the guard is made again"):
+            is_done = has_last_look(job.telemetry.events(), job.progress.step)
+        return is_done
+
+    return on_first_rank(job.topology.control_group, look)
 
 
 def begin(job: Job, last_step: int) -> None:

@@ -137,13 +137,35 @@ def newest_guard_state(
             saved = pause
         if (saved or {}).get("paused") and len(rollbacks) == known + 1:
             return saved
-    return rollbacks[-1] if len(rollbacks) > known else saved
+    if len(rollbacks) > known:
+        return rollbacks[-1]
+    if went_on and (saved or {}).get("paused"):  # a guard that only warns did not keep it
+        return {**(saved or {}), "paused": ""}
+    return saved
 
 
 def _has_look(saved: dict[str, Any] | None, pause: dict[str, Any]) -> bool:
     """Return whether a checkpoint of the step of a pause knows of a look at that step."""
     step = max(reading["step"] for reading in pause["readings"].values())
     return any(reading["step"] == step for reading in (saved or {}).get("readings", {}).values())
+
+
+def forgotten_levers(saved: Mapping[str, Any]) -> list[str]:
+    """Return what a run that goes on without its guard no longer does, for people.
+
+    Shares of replay are not among it: they stand in the ledger of the mix.
+
+    Args:
+        saved: State of the guard in the checkpoint.
+    """
+    forgotten = []
+    if saved.get("lr_scale", 1.0) != 1.0:
+        forgotten.append(f"the learning rate is {saved['lr_scale']:g} of the schedule's")
+    if saved.get("kl_weight") is not None:
+        forgotten.append(f"the weight of the divergence is {saved['kl_weight']:.3g}")
+    if saved.get("routers_frozen"):
+        forgotten.append("the routers are frozen")
+    return forgotten
 
 
 def known_at(
@@ -153,13 +175,15 @@ def known_at(
 
     A state after a rollback is of the step that the guard went back to. A run that goes back
     further has not measured that step yet, and has no checkpoint of it: it knows what its
-    checkpoint does.
+    checkpoint does. Nobody has looked at one that was saved while the guard was switched off.
 
     Args:
         step: Optimizer steps done.
         state: What `newest_guard_state` returned.
-        saved: State in the checkpoint.
+        saved: State in the checkpoint; None if it was saved without a guard.
     """
+    if saved is None and step > 0:
+        state = {**(state or {}), "green": False}
     if state is None:
         return None
     readings = state.get("readings", {})

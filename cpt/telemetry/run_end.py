@@ -90,6 +90,25 @@ def finish_time(events: Iterable[Mapping[str, Any]]) -> float | None:
     return found if isinstance(found, float) else None
 
 
+def has_last_look(events: Iterable[Mapping[str, Any]], step: int) -> bool:
+    """Return whether the guard measured the weights that a run ended with, as those of its end.
+
+    A look of the same step on the way has other bounds, and one before the newest step may be of
+    weights that the run has left.
+
+    Args:
+        events: All events of the run in order.
+        step: Optimizer steps done.
+    """
+    found = False
+    for event in events:
+        if event.get("event") == "step":
+            found = False
+        elif event.get("event") == "guard_decision" and event.get("step") == step:
+            found = found or bool(event.get("last"))
+    return found
+
+
 def one_line(text: str) -> str:
     """Return the first line of a text, with the number of those that follow."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -29,6 +29,7 @@ from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.conversation_reader import NO_ANALYSIS, NO_TOOLS
 from data_pipeline.text.harmony_records import NO_MESSAGES, NO_RESULT, OLD_CALLS, PARTS
 from data_pipeline.text.record_keys import UNKNOWN_KEY
+from data_pipeline.text.record_shapes import CONTRADICTION
 
 _CURES = {
     UNKNOWN_KEY: "List keys that may be dropped in ignored_keys of the source.",
@@ -41,6 +42,7 @@ _CURES = {
         "Answers without analysis are learned without require_analysis; give them "
         "reasoning_effort: low."
     ),
+    CONTRADICTION: "Where loss is right, drop the other with ignored_keys: [weight].",
     NO_RESULT: "A call needs its result next, or has to be the end of the conversation.",
 }
 """What can be done about rejects, by the beginning of their reason."""

@@ -28,7 +28,8 @@ from data_pipeline.bounded.files import MalformedInput
 from data_pipeline.bounded.json_text import read_json
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import atomic_write, make_folder, write_json
-from data_pipeline.store.packing import ARRAY_ERRORS, why_no_array
+from data_pipeline.store.manifest import BuildManifest
+from data_pipeline.store.packing import ARRAY_ERRORS, CLUSTERS_FILE, why_no_array
 
 FOLDER = "_provenance"
 PLACES_FILE = "places.npy"
@@ -125,6 +126,28 @@ def read_records(build: Path, source: str, count: int) -> Records | None:
     if records.dtype != _RECORD_DTYPE or records.shape != (count,):
         raise DataError(f"{path}: does not hold a hash for each document. Build it again.")
     return records
+
+
+def unjoined_turns(manifest: BuildManifest) -> list[str]:
+    """Return the sources whose held-out documents are turns that the build does not join.
+
+    Builds hold the cluster of each held-out turn since turns of one record are a cluster. Those of
+    before tell at most that documents are turns.
+
+    Args:
+        manifest: BuildManifest of the build.
+    """
+    by_turn = set()
+    for rules in manifest.rules.get("sources", []):
+        if rules.get("turns") == "each":
+            by_turn.add(rules.get("name"))
+    unjoined = []
+    for source in manifest.sources:
+        is_by_turn = f"{FOLDER}/{source.name}/{RECORDS_FILE}" in manifest.files
+        is_joined = f"{source.name}/held_out/{CLUSTERS_FILE}" in manifest.files
+        if source.held_out_documents and not is_joined and (is_by_turn or source.name in by_turn):
+            unjoined.append(source.name)
+    return unjoined
 
 
 def write_files(folder: Path, files: Sequence[InputName], kept_rows: Sequence[int]) -> None:

@@ -44,7 +44,7 @@ from data_pipeline.text.record_keys import (
     says_nothing,
 )
 
-RULES_VERSION = 5
+RULES_VERSION = 6
 """Version of the rules by which records become conversations. It belongs to the fingerprint of a
 build, so a change of what is read, ignored or rejected must raise it."""
 TOO_DEEP = "values nested too deeply"

@@ -15,6 +15,8 @@ Decisions
     the preamble of that call and not an answer. What both turns say becomes one message; a record
     whose turns say different things under one key is rejected, and so is a turn with another text
     under `content` than under `value`.
+    `weight` and `loss` are names of two programs for the same thing. A record in which they say the
+    opposite is rejected, because each program would learn another half of it.
 
 Sources: OpenAI's API reference, Chat Completions and fine-tuning (`weight`); LLaMA-Factory,
     data/README.md (tags of ShareGPT, `system`, `tools`, `history`); Stanford Alpaca (fields).
@@ -60,6 +62,7 @@ ROLES = {
     "function_response": "tool",
 }
 """Role by the tag `from` of a turn in ShareGPT's shape; a call is the assistant's."""
+CONTRADICTION = "'weight' and 'loss' of a message say the opposite"
 _COMMON_KEYS = {*METADATA_KEYS, *RECORD_KEYS} - {"messages"}
 _OPENAI_KEYS = ("functions", "parallel_tool_calls")
 _SHAREGPT_KEYS = ("conversations", "system")
@@ -169,13 +172,22 @@ def _openai_message(message: Record) -> Record:
 
 
 def _with_loss(message: Record) -> Record:
-    """Return a copy of a message with `weight`, 0 or 1, as `loss`."""
+    """Return a copy of a message with `weight`, 0 or 1, as `loss`.
+
+    Raises:
+        UnusableRecordError: its `weight` is another one, or `loss` says the opposite.
+    """
     message = dict(message)
     weight = message.pop("weight", None)
     if weight is None:
         return message
     if isinstance(weight, bool) or weight not in (0, 1):
         raise UnusableRecordError("'weight' of a message is neither 0 nor 1")
+    loss = message.get("loss")
+    speaker = message.get("role", message.get("from"))
+    is_learned = isinstance(speaker, str) and ROLES.get(speaker) in ("assistant", "call")
+    if is_learned and isinstance(loss, bool) and loss != bool(weight):
+        raise UnusableRecordError(CONTRADICTION)
     if weight == 0:
         message["loss"] = False
     return message

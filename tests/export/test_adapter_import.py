@@ -87,6 +87,15 @@ def test_settings_that_differ_are_refused_with_the_cure(
     assert told in refused(request(source))
 
 
+def test_run_whose_untouched_model_was_measured_before_the_import_is_refused(source: Path) -> None:
+    """Its guard would compare the imported adapter with the base that it lies over."""
+    asked = request(source)
+    (asked.run_dir / "guard").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="has measurements of the guard already"):
+        import_adapter(asked)
+    assert not (asked.run_dir / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("section", "told"),
     [

@@ -300,6 +300,16 @@ def test_run_that_is_over_or_only_warns_pulls_no_lever() -> None:
         assert decision.action == "warn" and not state.replay and state.lr_scale == 1
 
 
+def test_run_that_acts_again_does_not_go_on_from_looks_of_long_ago() -> None:
+    state = raised(4)
+    assert state.smoothed and state.replay
+    warned, _ = look(state, {"english": 0.6}, dataclasses.replace(SETTINGS, policy="warn"))
+    assert (warned.smoothed, warned.stuck, warned.best, warned.settled) == ({}, {}, {}, 0)
+    assert warned.replay == state.replay and warned.asked == state.asked
+    again, decision = look(warned, {"english": 0.6})
+    assert again.smoothed["english"] == 0.6 and decision.action == "none"
+
+
 def test_weight_of_the_divergence_rises_before_replay_and_falls_after_it() -> None:
     settings = GuardSection(kl_lever="before", max_kl_weight=0.8)
     state = GuardState()

@@ -23,6 +23,7 @@ from cpt.guard.guard import Guard
 from cpt.guard.held_out_text import HeldOutText
 from cpt.guard.ladder import GuardState
 from cpt.guard.lever_limits import LeverLimits
+from cpt.guard.yardstick import Judgement, Look, Reading
 from cpt.telemetry.metrics import Telemetry
 from cpt.training.loader import MicroBatch
 from data_pipeline.build.build import build
@@ -204,10 +205,57 @@ def test_start_that_has_lost_too_much_since_the_release_is_not_green(
     model: Any = run.model
     assert run.guard.keep_untouched(model, None)
     run.look(0, loss)
-    assert run.guard.state == GuardState(green=is_green)
+    state = run.guard.state
+    assert state == GuardState(green=is_green, readings=state.readings)
+    assert state.readings["web"]["step"] == 0
+    assert (state.readings["web"]["state"] == "green") == is_green
     run.look(1, 0.0)
     assert run.guard.state.green
     assert main(["guard", "audit", "--run_dir", str(run.run_dir)]) == 0
+
+
+class Replies:
+    """A yardstick of one domain that has lost its form, and is measured less often than text."""
+
+    kind = "generation"
+    domain_names = ("chat",)
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def is_due(self, look: Look) -> bool:
+        return look.step == 0 or (self.interval > 0 and look.step % self.interval == 0)
+
+    def keep_untouched(self, *_: Any) -> bool:
+        return True
+
+    def measure(self, *_: Any) -> dict[str, Any]:
+        return {}
+
+    def judge(self, scores: Any, state: Any, look: Look) -> Judgement:
+        limits = {"tolerance": 2.0, "hard_limit": 10.0}
+        reading = Reading(
+            domain="chat", kind="generation", step=look.step, state="red", lower_bound=4.0, **limits
+        )
+        return Judgement(readings=[reading], state={}, events=[{"domain": "chat"}])
+
+
+@pytest.mark.parametrize(("interval", "is_green"), [(2, False), (0, True)])
+def test_what_was_lost_at_the_start_is_not_forgotten_before_it_is_measured_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch, interval: int, is_green: bool
+) -> None:
+    """Replies that no look on the way measures bar no checkpoint."""
+    monkeypatch.setattr(held_out_text, "untouched_weights", lambda *_: "release")
+    run.config.guard = replace(SETTINGS, baseline_model=Path("release"))
+    replies: Any = Replies(interval)
+    run.guard._yardsticks = [*run.guard._yardsticks, replies]
+    run.guard.domain_names.append("chat")
+    model: Any = run.model
+    assert run.guard.keep_untouched(model, None)
+    run.look(0, 0.0)
+    assert not run.guard.state.green
+    assert run.look(1, 0.0) == "green"
+    assert run.guard.state.green == is_green
 
 
 def test_start_that_is_compared_with_itself_is_green(run: Run) -> None:
@@ -294,10 +342,9 @@ def test_start_owes_the_untouched_model_and_the_look_in_which_the_run_was_stoppe
     run.config.guard = replace(SETTINGS, interval_steps=2)
     assert run.guard.is_owed(0) and not run.guard.is_owed(1)
     run.look(0, 0.0)
-    assert run.guard.is_owed(2) and not run.guard.has_scores(2)
+    assert run.guard.is_owed(2)
     run.look(2, 0.0)
     resumed = Run(data, topology, run.run_dir)
     resumed.config.guard = run.config.guard
     resumed.guard.state = GuardState.from_json(json.loads(json.dumps(run.guard.state.to_json())))
-    assert not resumed.guard.is_owed(2) and resumed.guard.has_scores(2)
-    assert resumed.guard.is_owed(4) and not resumed.guard.has_scores(4)
+    assert not resumed.guard.is_owed(2) and resumed.guard.is_owed(4)

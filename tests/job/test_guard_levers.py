@@ -17,9 +17,12 @@ from cpt.guard.ladder import GuardState
 from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.text_judge import TextJudge
 from cpt.job import guard_levers
+from cpt.job import job as job_module
 from cpt.job.guard_levers import go_on_after_pause
+from cpt.job.job import Job
 from cpt.job.progress import (
     PAUSE_FILE,
+    Progress,
     forget_guard_pause,
     known_at,
     newest_guard_state,
@@ -211,3 +214,69 @@ def test_a_run_that_goes_back_behind_a_rollback_knows_nothing_of_later_steps(
     assert not earlier["green"] and earlier["green_step"] == 20
     assert earlier["readings"] == saved["readings"], "what was red or amber is not forgotten"
     assert earlier["rollbacks"] == 1 and known_at(0, None, None) is None
+
+
+def test_a_pause_is_overruled_by_a_guard_that_only_warns(run_dir: Path, caplog: Any) -> None:
+    job: Any = FakeJob(run_dir, replace(STOPPED, rollbacks=1, lr_scale=0.5))
+    job.config.guard = GuardSection(policy="warn")  # guard.max_rollbacks is used up, too
+    go_on_after_pause(job)
+    state = job.guard.state
+    assert (job.progress.step, state.paused, state.rollbacks) == (PAUSED, "", 1)
+    assert state.lr_scale == 0.5 and not state.green and state.green_step == GREEN
+    (event,) = job.events
+    assert event == {"event": "guard_restored", "step": PAUSED, "after": state.to_json()}
+    assert (
+        f"paused this run at step {PAUSED}: english is worse. guard.policy is warn" in caplog.text
+    )
+    assert list_steps(run_dir) == [PAUSED, GREEN] and not read_guard_rollbacks(run_dir)
+    # a return to the checkpoint of the pause, within the same start, is no pause either
+    stopped = STOPPED.to_json()
+    assert newest_guard_state(stopped, [], went_on=True) == {**stopped, "paused": ""}
+    assert newest_guard_state(stopped, []) == stopped
+
+
+def test_a_checkpoint_that_was_saved_without_a_guard_is_not_green() -> None:
+    assert known_at(GREEN, None, None) == {"green": False}
+    after = {**SAVED.to_json(), "green": True, "shares": {"english": 0.4}}
+    known = known_at(PAUSED, after, None)
+    assert known == {**after, "green": False}
+    assert known_at(PAUSED, after, SAVED.to_json()) == after
+
+
+def test_a_run_that_goes_on_without_its_guard_is_told_what_no_longer_holds(caplog: Any) -> None:
+    job: Any = SimpleNamespace(guard=None, topology=SimpleNamespace(rank=0))
+    for state in (GuardState(shares={"english": 0.4}).to_json(), None):
+        Job._restore_guard(job, SimpleNamespace(guard=state))  # type: ignore[arg-type]
+    assert not caplog.text
+    state = GuardState(lr_scale=0.25, kl_weight=0.5, routers_frozen=True).to_json()
+    Job._restore_guard(job, SimpleNamespace(guard=state))  # type: ignore[arg-type]
+    assert "the learning rate is 0.25 of the schedule's, and the weight of the div" in caplog.text
+    assert "is 0.5, and the routers are frozen. From here that no longer holds." in caplog.text
+
+
+def test_routing_that_was_measured_before_a_return_decides_nothing_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = SimpleNamespace(stages=None, progress=Progress(step=GREEN), ledger=None)
+    monkeypatch.setattr(job_module, "start_from_loaded", lambda *_, **__: start)
+    monkeypatch.setattr(job_module, "set_optimizer_step", lambda *_: None)
+    ignored = SimpleNamespace(
+        trust=lambda _: None, restore=lambda _: None, publish=lambda _: None, deepspeed=None
+    )
+    engine = SimpleNamespace(router_watch=ignored, rounding=ignored, deepspeed=None)
+    job: Any = SimpleNamespace(
+        context=None,
+        data=None,
+        saver=ignored,
+        stability=ignored,
+        engine=engine,
+        progress=Progress(step=PAUSED),
+        router_overlap=0.5,
+        has_begun=True,
+        _follow=lambda _: None,
+        _restore_guard=lambda _: None,
+    )
+    state = SimpleNamespace(stability=None, router_load=None)
+    loaded: Any = SimpleNamespace(state=state, step=GREEN)
+    Job.restore(job, loaded, accept_mix_change=True)
+    assert job.progress.step == GREEN and job.router_overlap is None

@@ -37,23 +37,30 @@ def test_finished_run_that_was_killed_in_its_last_look_is_measured_at_the_next_s
     monkeypatch.setattr(loop, "measure", lambda job, *, last: done.append(f"measured, {last}"))
     monkeypatch.setattr(loop, "end", lambda job, code, cause: done.append(f"{code}, {cause}"))
     monkeypatch.setattr(loop, "go_on_after_pause", lambda job: None)
-    has_scores = True
+    monkeypatch.setattr(loop, "on_first_rank", lambda _, do: do())
+    step = {"event": "step", "step": 9}
+    look = {"event": "guard_decision", "step": 9, "last": True}
+    events: list[Any] = [step, look]
     ending = SimpleNamespace(has_failed_before=False)
     job: Any = SimpleNamespace(
         config=SimpleNamespace(train=None),
         progress=SimpleNamespace(step=9),
         last_step=9,
-        topology=SimpleNamespace(rank=1),
-        guard=SimpleNamespace(has_scores=lambda step: has_scores),
+        topology=SimpleNamespace(rank=1, control_group=None),
+        guard=SimpleNamespace(),
+        telemetry=SimpleNamespace(events=lambda: events),
         context=SimpleNamespace(ending=ending),
     )
     assert not train(job)
     assert done == []
-    has_scores = False
-    assert not train(job)
-    assert done == ["measured, True", "0, finished: step 9 of 9"]
-    done.clear()
-    has_scores = True
+    # on the way, by other bounds; of weights that the run has left; of another end
+    looks = ([step, {**look, "last": False}], [step, look, step], [step, {**look, "step": 12}])
+    for looked in looks:
+        events = looked
+        assert not train(job)
+        assert done == ["measured, True", "0, finished: step 9 of 9"]
+        done.clear()
+    events = [step, {**look, "last": False}, look, {"event": "end", "exit_code": 1}]
     ending.has_failed_before = True  # what stands in metrics.jsonl is the kill
     assert not train(job)
     assert done == ["0, finished: step 9 of 9"]

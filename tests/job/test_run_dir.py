@@ -65,7 +65,7 @@ def needed(
         pytest.param({"interval_steps": 10, "existing": (10, 20), "step": 20}, 2, id="came-from"),
         pytest.param({"interval_steps": 10, "guard": ACTS}, 4, id="guard-goes-back"),
         pytest.param({"interval_steps": 10, "guard": WARNS}, 3, id="guard-only-warns"),
-        pytest.param({"interval_steps": 10, "guard": GuardSection()}, 3, id="never-looks-on-the-way"),
+        pytest.param({"interval_steps": 10, "guard": GuardSection()}, 3, id="guard-never-looks"),
         pytest.param({"interval_steps": 60, "guard": ACTS}, 2, id="all-are-kept"),
     ],
 )

@@ -118,7 +118,9 @@ def test_a_failed_save_leaves_the_guard_the_green_checkpoint_that_there_is(
     assert job.calls[-1] == ("start", 30, False)
 
 
-@pytest.mark.parametrize("settings", [GuardSection(), GuardSection(interval_steps=10, policy="warn")])
+@pytest.mark.parametrize(
+    "settings", [GuardSection(), GuardSection(interval_steps=10, policy="warn")]
+)
 def test_a_guard_that_does_not_act_keeps_no_checkpoint_from_deletion(
     settings: GuardSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

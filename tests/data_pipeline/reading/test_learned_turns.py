@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.manifest import SourceEntry
+from data_pipeline.store.provenance import unjoined_turns
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.conversation_reader import NO_ANALYSIS, NO_LOSS, read_conversations
 from data_pipeline.text.harmony import last_turn
@@ -216,6 +218,11 @@ def test_turns_of_a_conversation_are_one_cluster_of_the_guard_in_a_build_of_the_
         numbers = record_numbers(data, records)
         assert len(numbers) == 3 * len(set(numbers)) >= 9
         assert clusters == [numbers.index(number) for number in numbers]
+        # builds of earlier versions tell that documents are turns, and no more
+        files = dict(data.manifest.files)
+        assert unjoined_turns(data.manifest) == []
+        del files["chat/held_out/clusters.npy"]
+        assert unjoined_turns(replace(data.manifest, files=files)) == ["chat"]
 
 
 def test_files_that_the_source_calls_clusters_are_larger_ones_than_conversations(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.config.source_config import Shape, SourceConfig
 from data_pipeline.text.conversation_reader import ReadRecord, read_conversations
 from data_pipeline.text.harmony_records import read_conversation
+from data_pipeline.text.record_shapes import CONTRADICTION as OPPOSITE
 
 ARGUMENTS = '{"city": "Tokyo"}'
 TOOL = {
@@ -238,6 +239,13 @@ def test_openai_messages_of_tools_need_no_name_of_a_shape() -> None:
             "part of a message that is no text",
         ),
         ({"messages": [*CHAT, {"role": "user", "content": "Q"}]}, "openai", "is not an answer"),
+        ({"messages": [CHAT[1], {**CHAT[2], "weight": 0, "loss": True}]}, "openai", OPPOSITE),
+        ({"messages": [CHAT[1], {**CHAT[2], "weight": 1, "loss": False}]}, "openai", OPPOSITE),
+        (
+            {"conversations": [SHARED[0], {**SHARED[1], "weight": 0, "loss": True}]},
+            "auto",
+            OPPOSITE,
+        ),
     ],
 )
 def test_a_record_that_is_not_of_the_shape_is_rejected_with_its_reason(
@@ -246,6 +254,17 @@ def test_a_record_that_is_not_of_the_shape_is_rejected_with_its_reason(
     found = read(record, shape)
     assert not found.turns
     assert reason in found.rejects[0]
+
+
+def test_weight_and_loss_that_agree_or_are_not_learned_anyway_are_read() -> None:
+    question = {**CHAT[1], "weight": 1, "loss": False}
+    answers = [{**CHAT[2], "weight": 1, "loss": True}, {**CHAT[2], "weight": 1, "loss": None}]
+    for answer in answers:
+        found = read({"messages": [question, answer]}, "openai", loss="assistant")
+        assert len(found.turns) == 1
+    opposite = {"messages": [question, {**CHAT[2], "weight": 0, "loss": True}]}
+    found = read(opposite, "openai", loss="assistant", ignored_keys=("weight",))
+    assert len(found.turns) == 1, "whoever drops weight is obeyed"
 
 
 JSON = st.recursive(
