@@ -78,18 +78,24 @@ def logged_facts(events: Iterable[Json], last_step: int) -> LoggedFacts:
     """Return the facts of events, in the order of the log.
 
     A step that was done twice, because the run went back to a checkpoint, counts once: its last
-    event is the one that led to the weights.  Events that lack a value are passed over.
+    event is the one that led to the weights.  What was measured from that step on was of weights
+    that the run has left.  Events that lack a value are passed over.
     """
     tally = _TokenTally()
-    held_out: dict[str, HeldOutResult] = {}
+    measured: dict[str, list[HeldOutResult]] = {}
     for event in events:
         step = whole_number(event.get("step"))
         if step is None or step > last_step:
             continue
         if event["event"] == "step":
             tally.take(step, event.get("tokens_by_source"))
+            for results in measured.values():
+                while results and results[-1].step >= step:
+                    results.pop()
         elif event.get("kind", "text") == "text" and step > 0:
-            held_out[escaped_line(event.get("domain"))] = _held_out_result(step, event)
+            results = measured.setdefault(escaped_line(event.get("domain")), [])
+            results.append(_held_out_result(step, event))
+    held_out = {domain: results[-1] for domain, results in measured.items() if results}
     return LoggedFacts(tokens=tally.total(), held_out=held_out)
 
 

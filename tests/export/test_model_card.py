@@ -88,6 +88,18 @@ def test_step_that_was_done_twice_counts_once() -> None:
     assert logged_facts(events, last_step=2).tokens == {"a": 14, "b": 6}
 
 
+def test_measurement_of_weights_that_the_run_has_left_is_not_on_the_card() -> None:
+    look = {"event": "guard", "domain": "english", "language": "en", "baseline": 1.0}
+    look |= {"bits_per_byte": 1.0, "ci_low": 0.0, "ci_high": 0.0}
+    events: list[dict[str, Any]] = [{"event": "step", "step": step} for step in range(1, 5)]
+    events.insert(2, {**look, "step": 2, "delta_percent": 0.5})
+    events.append({**look, "step": 4, "delta_percent": -9.0})
+    assert logged_facts(events, last_step=5).held_out["english"].delta_percent == -9.0
+    events += [{"event": "step", "step": step} for step in (3, 4, 5)]  # looks are rarer by now
+    assert logged_facts(events, last_step=5).held_out["english"].delta_percent == 0.5
+    assert logged_facts([*events, {"event": "step", "step": 1}], last_step=5).held_out == {}
+
+
 def test_log_that_cannot_be_read_is_named_in_the_card_and_costs_no_export(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

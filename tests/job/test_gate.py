@@ -171,6 +171,17 @@ def test_files_that_fit_pass_the_gate_and_show_the_plan(dry_run: DryRun, capsys:
     assert "resolved configuration" in printed and "drawn tokens" in printed
 
 
+def test_what_a_person_should_know_of_the_guard_is_told_at_the_start(
+    dry_run: DryRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def look(settings: Any, mix: Any, manifest: Any) -> list[str]:
+        return [f"guard of {settings.policy}: {mix.sources[0].name}, {len(manifest.sources)}"]
+
+    monkeypatch.setattr("cpt.job.gate.guard_warnings", look)
+    assert dry_run() == 0
+    assert "guard of act: web, 1" in caplog.text
+
+
 def test_adapters_that_the_model_cannot_have_are_refused_and_others_are_told(
     dry_run: DryRun, capsys: Any
 ) -> None:

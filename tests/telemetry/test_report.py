@@ -310,6 +310,20 @@ def test_tolerance_comes_from_the_configuration() -> None:
     assert "tolerance +1.5 %" in page_of("long")
 
 
+def test_domain_is_drawn_against_its_own_tolerance(tmp_path: Path) -> None:
+    own = "domains: {code: {tolerance_percent: 4.0}, math: {hard_limit_percent: 9.0}}"
+    config = f"guard: {{tolerance_percent: 1.5, {own}}}\n"
+    events = [guard(n, domain) for n in (1, 2) for domain in ("code", "math")]
+    text = page(tmp_path, *events, config=config)
+    assert "tolerance +1.5, +4 %" in text
+    levels = {}
+    for chart in charts(tmp_path):
+        spans = chart.figure.select({"type": Span})
+        levels[chart.title] = sorted(span.location for span in spans)
+    assert levels["Held-out change of code"] == [0.0, 4.0]
+    assert levels["Held-out change of math"] == [0.0, 1.5]
+
+
 @pytest.mark.parametrize("config", [None, "[1, 2]", "a: [", "guard: 3"])
 def test_damaged_configuration_leaves_the_measurements(config: str | None, tmp_path: Path) -> None:
     text = page(tmp_path, *long_run(), config=config)

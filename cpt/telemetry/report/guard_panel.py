@@ -6,7 +6,7 @@ Each domain has its own scale: Japanese gains 30 % where English may lose 1 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,8 @@ class DomainStyle:
     """Style that the charts of all domains have in common."""
 
     steps: Range1d
-    tolerance: float
-    """In percent; NaN if it is not known."""
+    tolerances: Mapping[str, float]
+    """In percent, by domain; NaN if it is not known."""
     markers: dict[str, str]
     """Shape of the mark of each action."""
     height: int
@@ -65,7 +65,7 @@ def guard_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel | Non
     num_columns, num_rows = domain_grid(run)
     style = DomainStyle(
         steps=steps,
-        tolerance=number(run.setting("guard", "tolerance_percent")),
+        tolerances=_tolerances(run, by_domain),
         markers=_markers(run),
         height=ROW_HEIGHT if num_rows > 1 else SINGLE_ROW_HEIGHT,
     )
@@ -74,8 +74,9 @@ def guard_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel | Non
         chart = _domain_chart(events, colors[str(events[-1].get("language"))], style)
         cells.append(Cell(chart=chart, heading=clean(domain, 60), detail=state_text(events[-1])))
     legend = []
-    if math.isfinite(style.tolerance):
-        text = f"tolerance {style.tolerance:+g} %"
+    known = sorted({one for one in style.tolerances.values() if math.isfinite(one)})
+    if known:
+        text = f"tolerance {', '.join(f'{one:+g}' for one in known)} %"
         legend.append(LegendEntry(text=text, color=ALARM, dash="dashed"))
     for state, color in STATE_COLORS.items():
         if any(event.get("state") == state for event in run.guard_events):
@@ -104,6 +105,19 @@ def domain_grid(run: Run) -> tuple[int, int]:
     return num_columns, math.ceil(count / num_columns)
 
 
+def _tolerances(run: Run, domains: Iterable[str]) -> dict[str, float]:
+    """Return the tolerance of each domain: its own, or that of all."""
+    own = run.setting("guard", "domains")
+    tolerances = {}
+    for domain in domains:
+        limits = own.get(domain) if isinstance(own, dict) else None
+        tolerance = number(limits.get("tolerance_percent") if isinstance(limits, dict) else None)
+        if math.isnan(tolerance):
+            tolerance = number(run.setting("guard", "tolerance_percent"))
+        tolerances[domain] = tolerance
+    return tolerances
+
+
 def _markers(run: Run) -> dict[str, str]:
     """Give every action of the run a shape; a warning comes first."""
     actions = {action_of(event) for event in run.guard_events} - {"none"}
@@ -120,9 +134,9 @@ def _domain_chart(events: Sequence[dict[str, Any]], color: str, style: DomainSty
         columns["step"], columns["delta_percent"], columns["ci_low"], columns["ci_high"]
     )
     levels = [0.0]
-    if math.isfinite(style.tolerance):
-        levels.append(style.tolerance)
     domain = str(events[0].get("domain"))
+    if math.isfinite(style.tolerances[domain]):
+        levels.append(style.tolerances[domain])
     values = range_of_lines([series], include=levels)
     if any(action_of(event) != "none" for event in events):
         values = replace(values, high=values.high + MARK_ROOM * (values.high - values.low))
