@@ -113,11 +113,21 @@ class HeldOutText(TextJudge):
         self.baseline = self._stored_baseline()
         if not self.baseline and step:
             raise missing_baseline(self._baseline_file, step)
+        unknown = self._unmeasured()
+        if unknown and step and self._topology.rank == 0:
+            log.warning(
+                "held-out domains %s are left out: the untouched model was not measured on them.",
+                ", ".join(unknown),
+            )
 
     def keep_untouched(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> bool:
         """Measure the baseline; see `cpt.guard.yardstick.Yardstick.keep_untouched`."""
         self.open_untouched(0)
-        return bool(self.baseline) or self._measure_baseline(look, engine, stop)
+        return not self._unmeasured() or self._measure_baseline(look, engine, stop)
+
+    def _unmeasured(self) -> list[str]:
+        """Return the domains on which the untouched model was not measured."""
+        return [name for name in self.domain_names if name not in self.baseline]
 
     def measure(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> Json | None:
         """Score the domains that have a baseline, all of them at step 0.
@@ -130,10 +140,13 @@ class HeldOutText(TextJudge):
             ConfigError: see `cpt.guard.yardstick.Yardstick.measure`.
         """
         self.open_untouched(look.step)
-        if not self.baseline:
+        if look.step == 0 and self._unmeasured():
+            is_new = not self.baseline
             if not self._measure_baseline(look, engine, stop):
                 return None
-            return {"nats": {name: one.panel.nats.tolist() for name, one in self.baseline.items()}}
+            if is_new:
+                nats = {name: one.panel.nats.tolist() for name, one in self.baseline.items()}
+                return {"nats": nats}
         panels: dict[str, Floats] = {}
         fresh: dict[str, Floats] = {}
         for name in self.baseline:
@@ -170,6 +183,9 @@ class HeldOutText(TextJudge):
     ) -> bool:
         """Score the panels and all fresh documents of the run, and keep the baseline.
 
+        What an earlier start has kept of other domains stays, since a run may be given more of them
+        before its first step.
+
         Returns:
             False if a stop was requested before every domain was scored.
 
@@ -178,7 +194,8 @@ class HeldOutText(TextJudge):
                 tolerance while the guard is to act on one.
         """
         baselines: dict[str, DomainBaseline] = {}
-        for name, domain in self._data.items():
+        for name in self._unmeasured():
+            domain = self._data[name]
             if baselines and self._is_stopped(stop):
                 return False
             drawing = draw(
@@ -196,7 +213,7 @@ class HeldOutText(TextJudge):
                 fresh_per_look=drawing.fresh_per_look,
             )
         self._keep_baseline(look, baselines)
-        self.baseline = baselines
+        self.baseline = {**self.baseline, **baselines}
         return True
 
     def _keep_baseline(self, look: Look, baselines: Mapping[str, DomainBaseline]) -> None:
@@ -208,7 +225,7 @@ class HeldOutText(TextJudge):
             "damaged. Compare their SHA-256 with the published ones, or give another model.",
         )
         self._check_tolerances(look, baselines)
-        content = {}
+        content = self._read_baseline()
         weights = self._base_weights()
         hashes = self._content_hashes(baselines)
         for name, baseline in baselines.items():
@@ -298,21 +315,8 @@ class HeldOutText(TextJudge):
         Raises:
             ConfigError: they are of other text, of another model, or not finite.
         """
-        stored = on_first_rank(
-            self._topology.control_group, lambda: read_baseline(self._baseline_file)
-        )
-        known = {}
-        added = []
-        for name in self.domain_names:
-            if name in stored:
-                known[name] = stored[name]
-            else:
-                added.append(name)
-        if stored and added and self._topology.rank == 0:
-            log.warning(
-                "held-out domains %s are left out: the untouched model was not measured on them.",
-                ", ".join(added),
-            )
+        stored = self._read_baseline()
+        known = {name: stored[name] for name in self.domain_names if name in stored}
         baselines = stored_baselines(known)
         for name, baseline in baselines.items():
             self._drawings[name] = self._drawing_of(name, baseline)
@@ -325,6 +329,12 @@ class HeldOutText(TextJudge):
             "Use a new --run_dir, and look at the weights that the run started from.",
         )
         return baselines
+
+    def _read_baseline(self) -> Json:
+        """Return the content of baseline.json on every rank."""
+        return on_first_rank(
+            self._topology.control_group, lambda: read_baseline(self._baseline_file)
+        )
 
     def _drawing_of(self, name: str, baseline: DomainBaseline) -> Drawing:
         """Return the drawing that a baseline was measured on."""

@@ -145,9 +145,13 @@ class Job:
 
     @property
     def kl_weight(self) -> float:
-        """The weight of the divergence in the next step: the run YAML's, or the guard's."""
+        """The weight of the divergence in the next step: the run YAML's, or the guard's.
+
+        Where the guard no longer moves it, the YAML's holds again.
+        """
         configured = self.config.train.kl_weight or 0.0
-        if self.guard is None or self.guard.state.kl_weight is None:
+        is_moved = self.guard is not None and self.config.guard.kl_lever != "off"
+        if self.guard is None or not is_moved or self.guard.state.kl_weight is None:
             return configured
         return self.guard.state.kl_weight
 

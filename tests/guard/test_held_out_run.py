@@ -311,6 +311,24 @@ def test_other_documents_under_the_same_baseline_are_refused(
         Run(data, topology, run.run_dir).look(1, 0.0)
 
 
+def test_domain_that_is_added_before_the_first_step_is_measured(
+    data: BuiltData, topology: Any, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.look(0, 0.0)
+    file = run.run_dir / "guard" / "baseline.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({"earlier": stored["web"]}))
+    Run(data, topology, run.run_dir).look(0, 0.0)
+    assert json.loads(file.read_text()) == {"earlier": stored["web"], **stored}
+    assert not caplog.text
+    # later the untouched model is gone
+    two = Run(data, topology, run.run_dir)
+    text: Any = two.guard._yardsticks[0]
+    text.domain_names = ["web", "late"]
+    assert two.look(1, 0.0) == "green"
+    assert "held-out domains late are left out" in caplog.text
+
+
 def test_missing_baseline_is_refused_before_a_step_is_trained(
     data: BuiltData, topology: Any, run: Run
 ) -> None:

@@ -39,10 +39,12 @@ def make_engine() -> Any:
     return engine
 
 
-def make_job(engine: Any, weight: float | None, state: GuardState | None) -> Any:
+def make_job(
+    engine: Any, weight: float | None, state: GuardState | None, lever: str = "before"
+) -> Any:
     job: Any = object.__new__(Job)
     train = SimpleNamespace(kl_weight=weight)
-    guard = SimpleNamespace(router_lever="off")
+    guard = SimpleNamespace(router_lever="off", kl_lever=lever)
     job.context = SimpleNamespace(config=SimpleNamespace(train=train, guard=guard))
     job.engine = engine
     job.guard = None if state is None else SimpleNamespace(state=state)
@@ -70,3 +72,8 @@ def test_gradient_of_the_next_step_has_the_weight_that_the_guard_set(
     assert job.kl_weight == weight
     assert engine.deepspeed.parameter.grad == pytest.approx(1 + weight * 2 * 3.0)
     assert engine.deepspeed.optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_weight_of_the_run_yaml_holds_again_where_the_guard_no_longer_moves_it() -> None:
+    job = make_job(make_engine(), 0.25, GuardState(kl_weight=0.5), lever="off")
+    assert job.kl_weight == 0.25
