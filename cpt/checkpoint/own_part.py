@@ -128,6 +128,9 @@ class OwnPart:
         if self._stream is None:
             yield
             return
+        # A thread begins on the first device, and leaving the block would go back there: this rank
+        # would keep some hundred MB of a GPU that is another rank's.
+        torch.cuda.set_device(self._stream.device)
         with torch.cuda.stream(self._stream):
             if ready is not None:
                 self._stream.wait_event(ready)

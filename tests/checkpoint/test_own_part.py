@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,3 +224,33 @@ def test_a_rank_without_memory_for_a_copy_writes_the_state_as_it_lies_from_then_
     assert attempts == [3] and when_read == [True, True], "one attempt; updates wait for the file"
     (warning,) = caplog.messages
     assert "rank 0 has no host memory for a copy" in warning and "\n" not in warning
+
+
+@pytest.mark.parametrize("way", ["copy", "stream", "wait"])
+def test_a_save_beside_training_never_touches_the_gpu_of_another_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Way
+) -> None:
+    """A new thread is on GPU 0, and torch goes back to the GPU that a stream's block began on."""
+    on_device = threading.local()
+    visited: list[object] = []
+
+    def set_device(device: torch.device) -> None:
+        on_device.now = device
+        visited.append(device)
+
+    @contextmanager
+    def stream_block(stream: SimpleNamespace) -> Iterator[None]:
+        before = getattr(on_device, "now", torch.device("cuda", 0))
+        set_device(stream.device)
+        yield
+        set_device(before)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "stream", stream_block)
+    own = part_of_rank()
+    own._stream = SimpleNamespace(device=torch.device("cuda", 3))  # type: ignore[assignment]
+    thread = threading.Thread(target=save, args=(tmp_path, own, State(), 1, way))
+    thread.start()
+    thread.join()
+    assert list_steps(tmp_path) == [1]
+    assert set(visited) == {torch.device("cuda", 3)}

@@ -17,7 +17,7 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from cpt.deepspeed_adapter.experts import is_expert
-from cpt.model.experts.grouped import Groups
+from cpt.model.experts.grouped import ALIGNMENT_BYTES, Groups, product
 from cpt.model.experts.layer import EXPERT_TENSORS, ExpertParallelMLP, LocalExperts
 from cpt.parallel.traffic import Traffic
 
@@ -206,3 +206,40 @@ def test_expert_parameters_are_marked_for_the_engine_and_others_are_not() -> Non
     mlp = ExpertParallelMLP(transformers_mlp(24, 40), topology(ep_size=2))
     marked = {name for name, parameter in mlp.named_parameters() if is_expert(parameter)}
     assert marked == {f"experts.{name}" for name in EXPERT_TENSORS}
+
+
+class OnGpu(Tensor):
+    """A tensor of the host that says it lies on a GPU."""
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+
+@pytest.mark.parametrize("first_element", [0, 1, 4, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_that_begin_between_16_bytes_are_multiplied_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, first_element: int, transposed: bool
+) -> None:
+    """Where one rank alone has an expert, ZeRO-3 puts it behind parts of any size."""
+    grouped_mm = torch._grouped_mm
+    copied = []
+
+    def kernel(rows: Tensor, matrices: Tensor, *, offs: Tensor) -> Tensor:
+        # as check_valid_strides_and_return_transposed of torch's GroupedMMUtils.h
+        assert matrices.data_ptr() % ALIGNMENT_BYTES == 0, "expected data_ptr to be aligned"
+        copied.append(matrices.storage_offset() != first_element)
+        return grouped_mm(rows.as_subclass(Tensor), matrices.as_subclass(Tensor), offs=offs)
+
+    monkeypatch.setattr(torch, "_grouped_mm", kernel)
+    generator = torch.Generator().manual_seed(5)
+    parts = torch.randn(first_element + 2 * 16 * 16, generator=generator)
+    matrices = parts[first_element:].view(2, 16, 16)
+    if transposed:
+        matrices = matrices.transpose(1, 2)
+    rows = torch.randn(7, 16, generator=generator)
+    expected = torch.cat([rows[:3] @ matrices[0], rows[3:] @ matrices[1]])
+    groups = Groups(torch.tensor([3, 4]))
+    found = product(rows, matrices.as_subclass(OnGpu), groups, grouped=True)
+    torch.testing.assert_close(found, expected)
+    assert copied == [first_element % 4 != 0]

@@ -8,6 +8,9 @@ Decisions
     - On a GPU rows are never padded; on a CPU those in bf16 are (padded_products.py). An expert
       without rows has zero gradients.
     - Matrices may be packed (packed.py). They are decoded here, a few experts at a time.
+    - On a GPU matrices that start elsewhere are copied for a product. ZeRO-3 has its parts of all
+      parameters behind each other. Where one rank alone has an expert, its part is the matrix, and
+      that begins wherever the parts before it end: in gpt-oss on 16 ranks and more.
     - A product may be in 8 bits (cpt/model/products). Packed matrices are decoded before that.
 
 Shape letters: R rows sorted by expert, E experts, K and N the two sizes of a matrix.
@@ -75,11 +78,22 @@ def product(
     if grouped and pads(rows_RK):
         return padded_product(rows_RK, matrices_EKN, groups.ends_E)
     if grouped:
-        return torch._grouped_mm(rows_RK, matrices_EKN, offs=groups.ends_E)
+        return torch._grouped_mm(rows_RK, _aligned(matrices_EKN), offs=groups.ends_E)
     out_RN = rows_RK.new_empty(rows_RK.shape[0], matrices_EKN.shape[2])
     for (first, end), matrix_KN in zip(spans(groups.ends_E), matrices_EKN, strict=True):
         torch.mm(rows_RK[first:end], matrix_KN, out=out_RN[first:end])
     return out_RN
+
+
+def _aligned(matrices_EKN: torch.Tensor) -> torch.Tensor:
+    """Return the matrices, or a copy of those on a GPU that the grouped kernel would refuse.
+
+    The start of a storage is aligned, so its offset tells, also where there is no memory at all.
+    """
+    start_bytes = matrices_EKN.storage_offset() * matrices_EKN.element_size()
+    if matrices_EKN.is_cuda and start_bytes % ALIGNMENT_BYTES != 0:
+        return matrices_EKN.clone()
+    return matrices_EKN
 
 
 def _product_with_packed(
