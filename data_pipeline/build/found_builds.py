@@ -4,14 +4,20 @@ Decisions
     Looking for a build never makes one.
     A build is that of a mix if their fingerprints are equal, whatever it is called. Names and sizes
     of files are compared first, so where no build has them nothing is read. Builds of the same
-    fingerprint are one build twice, of which the first is taken. Where none of a
-    source's files is here, its rules decide alone, and so where the file of its hook is not.
+    fingerprint and the same text are one build twice, of which the first is taken. If their texts
+    differ, versions of this package made them that read some file differently, and somebody has to
+    name the one that is meant.
+    Where none of a source's files is here, its rules decide alone, and so where the file of its
+    hook is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from data_pipeline.build.origin import absent_sources, compare, fingerprint
 from data_pipeline.config.mix_config import MixConfig
@@ -28,6 +34,14 @@ DEFAULT_ROOT = Path("data")
 
 class NotBuilt(ConfigError):
     """A mix of which no build was found."""
+
+
+class Identity(NamedTuple):
+    """What two builds have in common if it does not matter which of them is taken."""
+
+    fingerprint: str
+    text: str
+    """Hex sha256 of the hashes of rows and held-out documents."""
 
 
 def resolve_build_dir(
@@ -58,14 +72,13 @@ def found_or_default(mix: MixConfig) -> Path:
     All files of the mix are read for it.
 
     Raises:
+        ConfigError: several builds of it have other texts.
         DataError: one of them cannot be read.
     """
     wanted = _fingerprint(mix, None, 1)
-    # the others are not looked at once it is found
-    for path, of_build in _builds_that_fit(mix, _manifests(mix), (DataError, ConfigError)):
-        if of_build == wanted:
-            return path
-    return DEFAULT_ROOT / f"{mix.name}-{wanted[:10]}"
+    passed_over = (DataError, ConfigError)
+    found = dict(_builds_that_fit(mix, _manifests(mix), passed_over, wanted))
+    return _first_of_one_text(mix, found) or DEFAULT_ROOT / f"{mix.name}-{wanted[:10]}"
 
 
 def find_build(
@@ -81,7 +94,7 @@ def find_build(
 
     Raises:
         NotBuilt: there is none.
-        ConfigError: several may be it, because the files of the mix are not here.
+        ConfigError: several may be it: the files of the mix are not here, or their texts differ.
         DataError: `build_dir` holds the build of another mix or of other files, or a file cannot be
             read.
     """
@@ -99,13 +112,30 @@ def find_build(
             )
         return next(iter(found))
     wanted = _fingerprint(mix, notes, workers)
-    for path, of_build in found.items():
-        if of_build == wanted:
-            return path
+    equal = {path: build for path, build in found.items() if build.fingerprint == wanted}
+    first = _first_of_one_text(mix, equal)
+    if first is not None:
+        return first
     raise NotBuilt(
         f"{mix.name}: {', '.join(map(str, found))} was built from files of the same names and "
         "sizes, but of other content."
     )
+
+
+def _first_of_one_text(mix: MixConfig, found: Mapping[Path, Identity]) -> Path | None:
+    """Return the first of the builds of one fingerprint, or None if there is none.
+
+    Raises:
+        ConfigError: their texts differ.
+    """
+    if len(set(found.values())) > 1:
+        raise ConfigError(
+            f"{', '.join(map(str, found))}: each is a build of mix '{mix.name}' from the files "
+            "that are here, and their texts differ: versions of this package made them that read "
+            "some of the files differently. Name the one that is meant with data.build_dir (a "
+            "run), --build_dir or --out (a command), or delete the others."
+        )
+    return next(iter(found), None)
 
 
 def _check_named_build(
@@ -142,8 +172,8 @@ def _fingerprint(mix: MixConfig, notes: HashNotes | None, workers: int | None) -
         return fingerprint(mix, executor, notes)
 
 
-def builds_by_names(mix: MixConfig) -> dict[Path, str]:
-    """Return the builds in `DEFAULT_ROOT` that may be of a mix, and the fingerprint of each.
+def builds_by_names(mix: MixConfig) -> dict[Path, Identity]:
+    """Return the builds in `DEFAULT_ROOT` that may be of a mix, and the identity of each.
 
     Rules, and names and sizes of the files that are here, are those of the mix. Builds that have
     its name come first.
@@ -170,12 +200,12 @@ def matching_builds(mix: MixConfig) -> list[Path]:
     """Return the builds of a mix in `DEFAULT_ROOT`, without reading its files.
 
     Rules, and names and sizes of the files that are here, are those of the mix. There is one folder
-    for each fingerprint, the one that has the name of the mix if there is such a one.
+    for each fingerprint and text, the one that has the name of the mix if there is such a one.
 
     Raises:
         ConfigError: others may write to a folder that has the name of the mix.
     """
-    found: dict[str, Path] = {}
+    found: dict[Identity, Path] = {}
     for path in _manifests(mix):
         # what others may write to is not read, so only its name can tell whose build it is
         passed_over = (DataError,) if _has_name_of(mix, path) else (DataError, ConfigError)
@@ -185,24 +215,38 @@ def matching_builds(mix: MixConfig) -> list[Path]:
 
 
 def _builds_that_fit(
-    mix: MixConfig, paths: Iterable[Path], passed_over: tuple[type[CptError], ...]
-) -> Iterator[tuple[Path, str]]:
-    """Yield folder and fingerprint of the builds whose rules, names and sizes are those of a mix.
+    mix: MixConfig,
+    paths: Iterable[Path],
+    passed_over: tuple[type[CptError], ...],
+    wanted: str | None = None,
+) -> Iterator[tuple[Path, Identity]]:
+    """Yield folder and identity of the builds whose rules, names and sizes are those of a mix.
 
     Args:
         mix: The mix.
         paths: Manifests to look at.
         passed_over: Errors of reading a manifest for which a build is none.
+        wanted: Fingerprint of the mix, which decides alone if it is known.
     """
     for path in paths:
         try:
             manifest = read_manifest(path.parent)
         except passed_over:
             continue
-        if not _may_fit(manifest, mix):
-            continue
-        if not compare(manifest, mix, read_contents=False).differences:
-            yield path.parent, manifest.fingerprint
+        if wanted is None:
+            if not _may_fit(manifest, mix):
+                continue
+            is_equal = not compare(manifest, mix, read_contents=False).differences
+        else:
+            is_equal = manifest.fingerprint == wanted
+        if is_equal:
+            yield path.parent, _identity(manifest)
+
+
+def _identity(manifest: BuildManifest) -> Identity:
+    held_out = [source.held_out_hash for source in manifest.sources]
+    text = json.dumps([manifest.row_hashes(), held_out], sort_keys=True)
+    return Identity(manifest.fingerprint, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _may_fit(manifest: BuildManifest, mix: MixConfig) -> bool:

@@ -15,7 +15,7 @@ import yaml
 
 from data_pipeline.build import found_builds, origin
 from data_pipeline.build.build import build
-from data_pipeline.build.found_builds import matching_builds
+from data_pipeline.build.found_builds import find_build, found_or_default, matching_builds
 from data_pipeline.build.origin import compare, fingerprint, read_origin
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
@@ -269,6 +269,27 @@ def test_default_builds_are_found_by_names_and_sizes(
     (data / "mix").chmod(0o755)
     longer(tmp_path / "in" / "en.jsonl")
     assert matching_builds(mix) == []
+
+
+def test_of_two_builds_of_one_mix_with_other_texts_none_is_taken(
+    make_mix: MakeMix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_pipeline.store import manifest as module
+
+    data = tmp_path / "data"
+    monkeypatch.setattr(found_builds, "DEFAULT_ROOT", data)
+    mix = make_mix(TEXTS)
+    content = build(mix, data / "mix", progress=False).content()
+    shutil.copytree(data / "mix", data / "other")
+    assert found_or_default(mix) == find_build(mix) == data / "mix"
+    # as if a version that reads the files in another way had made it
+    content["sources"][0]["held_out_hash"] = 64 * "0"
+    content["checksum"] = module._checksum(content)
+    (data / "other" / "manifest.json").write_text(json.dumps(content))
+    for look in (found_or_default, find_build):
+        with pytest.raises(ConfigError, match=r"data/mix, .*data/other: .* and their texts differ"):
+            look(mix)
+    assert matching_builds(mix) == [data / "mix", data / "other"]
 
 
 def test_files_are_looked_at_only_for_builds_of_the_same_sources(
