@@ -6,6 +6,7 @@ Every answer is one or two sentences: what the path is, and the path or the comm
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from cpt.errors import ConfigError
@@ -15,6 +16,7 @@ from data_pipeline.store.file_kinds import FileKind, kind_of_file
 
 CONFIG = "config.json"
 DEFAULT_REPOSITORY = "openai/gpt-oss-20b"
+_RELEASED = ("gpt-oss-20b", "gpt-oss-120b")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _CHECKPOINTS = "checkpoints"
 _STEP_FOLDER = re.compile(r"step-\d{8}")
@@ -23,12 +25,16 @@ _FILES_OF_RUN = ("config.resolved.yaml", "metrics.jsonl")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def download_command(repository: str = DEFAULT_REPOSITORY) -> str:
-    """Return the command that fetches the released weights without their two other copies."""
-    name = repository.rpartition("/")[2]
+def download_command(repository: str = DEFAULT_REPOSITORY, folder: Path | None = None) -> str:
+    """Return the command that fetches the released weights without their two other copies.
+
+    Args:
+        folder: Where they are wanted; by default the repository's name below models/.
+    """
+    target = folder or Path("models", repository.rpartition("/")[2])
     return (
         f'hf download {repository} --exclude "original/*" --exclude "metal/*" '
-        f"--local-dir models/{name}"
+        f"--local-dir {shlex.quote(str(target))}"
     )
 
 
@@ -220,6 +226,13 @@ def _of_nothing(path: Path) -> str:
     text = str(path)
     if "$" in text or "~" in path.parts:
         return f"{told} Variables such as $HOME are not filled in here: write the path itself."
+    if path.parent.name == "models" and path.name in _RELEASED:
+        return f"{told} Fetch the release: {download_command(f'openai/{path.name}', path)}"
+    if path.parent.name == "runs":
+        return (
+            f"{told} A recipe that begins from a run needs that run first. Train it, or give an "
+            "export or the release: --set model.path=DIRECTORY."
+        )
     repository = "/".join(path.parts[-2:])
     is_like_repository = not path.parent.exists() and path.parent.parent.exists()
     if is_like_repository or path.parent.name == "openai":

@@ -33,7 +33,7 @@ def check_space(folder: Path, num_bytes: int, *, claim: str, margin: float, cure
         return
     times = "" if margin == 1 else f" ({margin} times its size)"
     raise StorageError(
-        f"{claim} {megabytes(wanted)}{times}, {megabytes(free)} are free at {folder}. {cure}"
+        f"{claim} {size_text(wanted)}{times}, {size_text(free)} are free at {folder}. {cure}"
     )
 
 
@@ -58,19 +58,14 @@ def check_checkpoint_space(folder: Path, num_bytes: int, *, largest_file_bytes: 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if 0 <= limit < largest_file_bytes:
         raise StorageError(
-            f"a checkpoint has files of {megabytes(largest_file_bytes)}, this process may write "
-            f"{megabytes(limit)} per file (ulimit -f). Raise the limit."
+            f"a checkpoint has files of {size_text(largest_file_bytes)}, this process may write "
+            f"{size_text(limit)} per file (ulimit -f). Raise the limit."
         )
-
-
-def megabytes(count: int) -> str:
-    """Return a size in words."""
-    return f"{count / 1e6:.1f} MB"
 
 
 def size_text(count: int) -> str:
     """Return a size of any order in words."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else megabytes(count)
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def write_error(error: BaseException, folder: Path) -> StorageError:
@@ -84,13 +79,13 @@ def write_error(error: BaseException, folder: Path) -> StorageError:
         )
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if number in (errno.ENOSPC, errno.EDQUOT):
-        cause = f"no space left ({megabytes(free)} free, or a quota is used up)"
+        cause = f"no space left ({size_text(free)} free, or a quota is used up)"
     elif number == errno.EFBIG:
-        cause = f"a file grew beyond the limit of {megabytes(limit)} per file (ulimit -f)"
+        cause = f"a file grew beyond the limit of {size_text(limit)} per file (ulimit -f)"
     elif number is not None:
         cause = os.strerror(number)
     else:
-        cause = f"{type(error).__name__}: {error} ({megabytes(free)} free)"
+        cause = f"{type(error).__name__}: {error} ({size_text(free)} free)"
     return StorageError(f"writing {folder} failed: {cause}.")
 
 

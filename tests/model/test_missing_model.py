@@ -45,6 +45,26 @@ def test_name_on_the_hub_is_told_with_the_command_that_fetches_it(tmp_path: Path
     assert "hf download someone/gpt-oss-20b-ja " in told(tmp_path / "someone/gpt-oss-20b-ja")
 
 
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b"])
+@pytest.mark.parametrize("there", [False, True])
+def test_folder_of_a_recipe_is_told_with_the_release_that_belongs_there(
+    tmp_path: Path, name: str, there: bool
+) -> None:
+    folder = tmp_path / "models" / name
+    if there:
+        put(folder.parent / "gpt-oss-20b-ja" / "config.json")
+    text = told(folder)
+    assert f"hf download openai/{name} " in text
+    assert text.endswith(f"--local-dir {folder}")
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-20b@2000"])
+def test_run_that_a_recipe_begins_from_is_no_name_on_the_hub(tmp_path: Path, name: str) -> None:
+    text = told(tmp_path / "runs" / name)
+    assert "needs that run first" in text and "--set model.path=DIRECTORY" in text
+    assert "hf download" not in text
+
+
 @pytest.mark.parametrize("name", ["~/models/20b", "$HOME/models/20b"])
 def test_variable_that_nobody_filled_in_is_told(tmp_path: Path, name: str) -> None:
     assert "Variables such as $HOME are not filled in here" in told(tmp_path / name)

@@ -33,6 +33,14 @@ def test_too_little_space_is_refused_with_both_sizes(
     assert str(tmp_path) in str(caught.value) and caught.value.exit_code == 74
 
 
+def test_sizes_of_real_models_are_told_in_gigabytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: Usage(0, 0, 78_265_500_000))
+    with pytest.raises(StorageError, match=r"needs 1,682\.6 GB \(1\.2 .*, 78\.3 GB are free at"):
+        space.check_checkpoint_space(tmp_path, 1_402_200_000_000)
+
+
 def test_limit_on_file_sizes_is_seen_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +74,7 @@ def test_cause_is_found_in_the_chain_of_errors(tmp_path: Path, number: int, word
 
 def test_unknown_cause_is_told_with_the_free_space(tmp_path: Path) -> None:
     text = str(space.write_error(RuntimeError("PytorchStreamWriter failed"), tmp_path))
-    assert "RuntimeError: PytorchStreamWriter failed" in text and "MB free" in text
+    assert "RuntimeError: PytorchStreamWriter failed" in text and " free)" in text
 
 
 def test_no_limit_on_file_sizes_is_no_limit(tmp_path: Path) -> None:
