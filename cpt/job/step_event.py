@@ -13,6 +13,7 @@ import torch
 
 from cpt.job.job import Job
 from cpt.planning.peak_rates import utilization
+from cpt.planning.trained_weights import TrainedShares
 from cpt.training.engine import StepResult
 from data_pipeline.mixture.mixture import GlobalBatch
 
@@ -95,7 +96,7 @@ def share_of_peak(job: Job, tokens_per_second: float) -> float | None:
         job.config.train.seq_len,
         tokens_per_second / job.topology.world_size,
         torch.cuda.get_device_name(device),
-        trains_weights=not job.config.adapter.is_on,
+        TrainedShares.of(job.config, job.context.model_config),
     )
 
 

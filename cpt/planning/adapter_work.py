@@ -1,12 +1,11 @@
-"""What adapters change in the work of a micro step: weights without gradients, and more products.
+"""What adapters add to the work of a micro step.
 
-    frozen     the backward of a product has no gradient of the weight: a half of its work, of the
-               loss head's, which computes the logits again, a third
     adapters   per row and adapted matrix the products with A and B and the sum, in each pass; bytes
                are those of rows, since A and B are small
     decoding   over a packed base: in each pass the codes are read and the values written
 
-The last two are counted from shapes and were not measured.
+Both are counted from shapes and were not measured. That the weights below have no gradients is
+counted by cpt/planning/frozen_work.py.
 """
 
 from __future__ import annotations
@@ -23,13 +22,6 @@ from cpt.planning.step_work import Share, Work
 
 ADAPTERS = "adapters"
 DECODING = "decoding"
-KEPT_BY_BACKWARD = {
-    "experts": 1 / 2,
-    "attention projections": 1 / 2,
-    "router": 1 / 2,
-    "loss head": 2 / 3,
-}
-"""The share of a backward's products that is left without the gradient of the weight."""
 LAUNCHES = {"forward": 3, "recompute": 3, "backward": 8}
 """Kernels of an adapted matrix in each pass."""
 
@@ -112,13 +104,8 @@ class AdapterWork:
     def changed(
         self, works: dict[str, dict[str, Work]], share: Share
     ) -> dict[str, dict[str, Work]]:
-        """Return the work of a micro step with adapters, from that of training all weights."""
-        changed = {}
-        for part, by_pass in works.items():
-            changed[part] = dict(by_pass)
-            kept = KEPT_BY_BACKWARD.get(part)
-            if kept is not None:
-                changed[part]["backward"] = _without_weight_gradients(by_pass["backward"], kept)
+        """Return the work of a micro step with adapters, from that without them."""
+        changed = dict(works)
         changed[ADAPTERS] = self._of_adapters(share)
         if self.packed:
             changed[DECODING] = self._of_decoding()
@@ -155,12 +142,3 @@ class AdapterWork:
         # two thirds of the weights are in the first matrices, the only ones that are needed again
         again = replace(work, launches=launches / 2, other_bytes=2 / 3 * moved)
         return {"forward": work, "recompute": again, "backward": work}
-
-
-def _without_weight_gradients(work: Work, kept: float) -> Work:
-    return replace(
-        work,
-        flops=kept * work.flops,
-        product_bytes=kept * work.product_bytes,
-        weight_bytes=kept * work.weight_bytes,
-    )

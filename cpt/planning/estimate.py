@@ -36,6 +36,7 @@ from cpt.planning.memory import ParameterCounts, device_memory, offloads, traine
 from cpt.planning.part_times import PRODUCTS, REST, UPDATE_BYTES, Held, micro_step_parts
 from cpt.planning.step_work import PASSES, ModelSizes, Share
 from cpt.planning.traffic import Wire, traffic
+from cpt.planning.trained_weights import TrainedShares
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +143,7 @@ def _estimate(
     assumed: Assumptions,
 ) -> Estimate:
     wire = traffic(config, model, counts, assumed.ranks_per_node)
-    flops = flops_per_token(model, config.train.seq_len, trains_weights=not config.adapter.is_on)
+    flops = flops_per_token(model, config.train.seq_len, TrainedShares.of(config, model))
     parts: dict[str, float] = {}
     if assumed.mfu is None:
         parts = _part_seconds(config, model, counts, flops, gpu, assumed)
@@ -237,6 +238,7 @@ def _part_seconds(
         _held(config, counts),
         passes,
         gpu.attainable(),
+        TrainedShares.of(config, model),
         AdapterWork.of(config, model, counts.adapted, counts.packed),
         EightBitWork.of(config, model),
     )

@@ -2,8 +2,8 @@
 
     6 * (parameters that a token multiplies with) + 3 * (attention, forward)
 
-Without gradients of the weights, below adapters, it is 4 in place of 6; the adapters' own products
-are few and left out.
+Without gradients of the weights, below adapters or under `train.freeze`, it is 4 in place of 6; the
+adapters' own products are few and left out.
 
 A product with a weight costs 2 operations per parameter forward and 4 backward.  Attention costs 4
 per key, query head and head size forward (scores and values): a full layer sees seq_len / 2 keys on
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from transformers import GptOssConfig
 
 from cpt.config.window import window_tokens
+from cpt.planning.trained_weights import ALL, TrainedShares
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +40,7 @@ class TokenFlops:
         return self.dense + self.experts + self.attention
 
 
-def flops_per_token(
-    model: GptOssConfig, seq_len: int, *, trains_weights: bool = True
-) -> TokenFlops:
+def flops_per_token(model: GptOssConfig, seq_len: int, trained: TrainedShares = ALL) -> TokenFlops:
     """Return the operations of one token in rows that hold one document of `seq_len` tokens.
 
     Shorter documents cost less.
@@ -49,9 +48,8 @@ def flops_per_token(
     Args:
         model: The architecture.
         seq_len: Tokens of a row.
-        trains_weights: Whether weights have gradients; below adapters they have none.
+        trained: The weights that have gradients.
     """
-    per_weight = 6.0 if trains_weights else 4.0
     hidden = model.hidden_size
     layers = model.num_hidden_layers
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
@@ -64,8 +62,15 @@ def flops_per_token(
     windows = layer_types.count("sliding_attention") * min(window_tokens(model), seq_len / 2)
     full = layer_types.count("full_attention") * seq_len / 2
     return TokenFlops(
-        dense=per_weight * (layers * (projections + router) + hidden * model.vocab_size),
-        experts=per_weight * layers * model.num_experts_per_tok * expert,
+        dense=layers * (_per_weight(trained.attention) * projections)
+        + layers * (_per_weight(trained.router) * router)
+        + _per_weight(trained.head) * hidden * model.vocab_size,
+        experts=_per_weight(trained.experts) * layers * model.num_experts_per_tok * expert,
         attention=per_key * (full + windows),
         window_attention=per_key * windows,
     )
+
+
+def _per_weight(share: float) -> float:
+    """Return the operations of a weight, of which a share has gradients."""
+    return 4.0 + 2.0 * share

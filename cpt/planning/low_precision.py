@@ -25,13 +25,13 @@ from cpt.model.weights import mxfp4
 from cpt.model.weights.mxfp4_rounding import BYTES_OF_A_VALUE, PIECE_VALUES
 from cpt.planning.hardware import Gpu
 from cpt.planning.step_work import Share, Work
+from cpt.planning.trained_weights import TrainedShares
 from cpt.storage.state_bytes import BF16_BYTES, FP32_BYTES
 
 OPERANDS = "8-bit operands"
 """The part of a plan, in time and in memory."""
-PASSES_OF_A_MATRIX = {"forward": 1.0, "recompute": 1.0, "backward": 0.5}
-"""Share of a pass's products that are in 8 bits; in the backward, the other half are gradients of
-weights."""
+PASSES_OF_A_MATRIX = ("forward", "recompute", "backward")
+"""Passes with products in 8 bits; in the backward, gradients of weights are not."""
 LAUNCHES = 2
 """Kernels for the operands of a product."""
 TRAVELING_VALUES = 1 << 22
@@ -95,8 +95,8 @@ class EightBitWork:
     experts: int
     """Experts of the model."""
     experts_per_token: int
-    trains_weights: bool
-    """Whether weights have gradients; below adapters they have none."""
+    trained: TrainedShares
+    """The weights that have gradients."""
 
     @classmethod
     def of(cls, config: RunConfig, model: GptOssConfig) -> EightBitWork | None:
@@ -111,7 +111,7 @@ class EightBitWork:
             all_layers=model.num_hidden_layers,
             experts=model.num_local_experts,
             experts_per_token=model.num_experts_per_tok,
-            trains_weights=not config.adapter.is_on,
+            trained=TrainedShares.of(config, model),
         )
 
     def changed(
@@ -119,17 +119,26 @@ class EightBitWork:
     ) -> dict[str, dict[str, Work]]:
         """Return the work of a micro step with 8-bit products, from that without any."""
         changed = dict(works)
-        for part, of_experts in (("experts", True), ("attention projections", False)):
+        parts = (
+            ("experts", True, self.trained.experts),
+            ("attention projections", False, self.trained.attention),
+        )
+        for part, of_experts, trained in parts:
             if any(matrix.of_experts == of_experts for matrix in self.matrices):
                 changed[part] = {}
                 for name, work in works[part].items():
-                    changed[part][name] = _in_eight_bits(work, self._share_of(name))
+                    changed[part][name] = _in_eight_bits(work, self._share_of(name, trained))
         changed[OPERANDS] = {name: self._of_operands(name, share) for name in PASSES_OF_A_MATRIX}
         return changed
 
-    def _share_of(self, name: str) -> float:
-        """Return the share of the products of a pass, over all layers, that are in 8 bits."""
-        share = PASSES_OF_A_MATRIX[name] if self.trains_weights else 1.0
+    def _share_of(self, name: str, trained: float) -> float:
+        """Return the share of the products of a pass, over all layers, that are in 8 bits.
+
+        Args:
+            name: The pass.
+            trained: Share of the weights that have gradients, whose products are not in 8 bits.
+        """
+        share = 1 / (1 + trained) if name == "backward" else 1.0
         return share * self.layers / self.all_layers
 
     def _of_operands(self, name: str, share: Share) -> Work:

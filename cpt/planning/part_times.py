@@ -14,9 +14,11 @@ import functools
 from dataclasses import dataclass
 
 from cpt.planning.adapter_work import ADAPTERS, DECODING, AdapterWork
+from cpt.planning.frozen_work import with_gradients_of
 from cpt.planning.hardware import Attainable
 from cpt.planning.low_precision import OPERANDS, EightBitWork
 from cpt.planning.step_work import ModelSizes, Share, Work, work_of_micro_step
+from cpt.planning.trained_weights import ALL, TrainedShares
 
 OTHER = "embedding, residuals, bookkeeping"
 NAMES = {
@@ -94,6 +96,7 @@ def micro_step_parts(
     held: Held,
     passes: tuple[str, ...],
     rates: Attainable,
+    trained: TrainedShares = ALL,
     adapters: AdapterWork | None = None,
     eight_bit: EightBitWork | None = None,
 ) -> dict[str, float]:
@@ -105,10 +108,11 @@ def micro_step_parts(
         held: The parameters that it computes with and owns.
         passes: The passes of a layer that are made.
         rates: What the GPU attains.
+        trained: The weights that have gradients.
         adapters: The adapters that are trained in place of the model.
         eight_bit: The products that are in 8 bits.
     """
-    seconds, launches = _computing(model, share, passes, rates, adapters, eight_bit)
+    seconds, launches = _computing(model, share, passes, rates, trained, adapters, eight_bit)
     moved = GATHERED_BYTES * held.gathered + REDUCED_BYTES * held.computed_with
     moved += ADDED_BYTES * held.owned
     parts = {**seconds, BOOKKEEPING: moved / rates.memory_bytes_per_second}
@@ -123,11 +127,12 @@ def _computing(
     share: Share,
     passes: tuple[str, ...],
     rates: Attainable,
+    trained: TrainedShares,
     adapters: AdapterWork | None,
     eight_bit: EightBitWork | None,
 ) -> tuple[dict[str, float], float]:
     """Return the seconds of the model's parts, and the kernels that are started."""
-    works = work_of_micro_step(model, share)
+    works = with_gradients_of(trained, work_of_micro_step(model, share))
     if adapters is not None:
         works = adapters.changed(works, share)
     if eight_bit is not None:

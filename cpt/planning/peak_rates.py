@@ -10,6 +10,7 @@ import re
 from transformers import GptOssConfig
 
 from cpt.planning.flops import flops_per_token
+from cpt.planning.trained_weights import ALL, TrainedShares
 
 PEAKS = (
     (r"\bGB200\b", 2500e12),
@@ -37,8 +38,7 @@ def utilization(
     seq_len: int,
     tokens_per_gpu_second: float,
     device_name: str,
-    *,
-    trains_weights: bool = True,
+    trained: TrainedShares = ALL,
 ) -> float | None:
     """Return the share of the peak that training reaches (MFU); None without a known peak.
 
@@ -50,10 +50,10 @@ def utilization(
         seq_len: Tokens of a row.
         tokens_per_gpu_second: Predicted tokens of a second, by GPU.
         device_name: As in `torch.cuda.get_device_name`.
-        trains_weights: Whether weights have gradients; below adapters they have none.
+        trained: The weights that have gradients.
     """
     peak = bf16_peak(device_name)
     if peak is None:
         return None
-    flops = flops_per_token(model, seq_len, trains_weights=trains_weights)
+    flops = flops_per_token(model, seq_len, trained)
     return tokens_per_gpu_second * flops.total / peak

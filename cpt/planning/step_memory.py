@@ -15,7 +15,9 @@ The tensors are added up for each moment at which a step can need most:
 The largest is found by `cpt.planning.memory`, which knows the update, too.
 
 With adapters, the weights below them have no gradients, and a layer keeps the inputs of their
-products and what A makes of these. Layers before the first adapter keep nothing.
+products and what A makes of these. Layers before the first adapter keep nothing, nor do those
+before the first weight that `train.freeze` leaves. Later layers count as if they kept the inputs of
+frozen weights, too.
 
 Experts are taken to be evenly routed, and rows to hold documents longer than the window; allocator
 fragmentation and library workspaces are not included.
@@ -37,6 +39,7 @@ from cpt.model.attention.function import PIECE_ELEMENTS_CPU, PIECE_ELEMENTS_GPU
 from cpt.model.experts.grouped import ALIGNMENT_BYTES
 from cpt.model.experts.packed import experts_in_scratch
 from cpt.model.loss.tiles import work_bytes
+from cpt.planning.trained_weights import TrainedWeights
 from cpt.storage.state_bytes import FP32_BYTES
 
 INDEX_BYTES = 8
@@ -125,6 +128,8 @@ class StepSizes:
     """Values of a token in all key heads."""
     adapters: AdapterSizes
     """The adapters of a layer."""
+    trained: TrainedWeights
+    """The weights that have gradients in a run without adapters."""
 
     @classmethod
     def of(
@@ -151,6 +156,7 @@ class StepSizes:
             query=query,
             key=key,
             adapters=AdapterSizes.of(adapted, config.ep_size),
+            trained=TrainedWeights.of(config.train.freeze, model),
         )
 
     @property
@@ -176,22 +182,31 @@ class StepSizes:
     @property
     def trained_table(self) -> int:
         """Parameters of a vocabulary table that have a gradient."""
-        return 0 if self.has_adapters else self.table
+        return 0 if self.has_adapters else self.trained.table
 
     @property
     def trained_attention(self) -> int:
         """Parameters of a layer's attention that have a gradient."""
-        return self.adapters.attention if self.has_adapters else self.attention
+        return self.adapters.attention if self.has_adapters else self.trained.attention
 
     @property
     def trained_gate_up(self) -> int:
         """Parameters beside or in the first matrices of a layer's experts that have a gradient."""
-        return self.adapters.gate_up if self.has_adapters else self.experts - self.experts // 3
+        if self.has_adapters:
+            return self.adapters.gate_up
+        return self.trained.gate_up // self.config.ep_size
 
     @property
     def trained_down(self) -> int:
         """Parameters beside or in the second matrices of a layer's experts that have a gradient."""
-        return self.adapters.down if self.has_adapters else self.experts // 3
+        if self.has_adapters:
+            return self.adapters.down
+        return self.trained.down // self.config.ep_size
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that keeps anything for a backward."""
+        return self.adapters.first_layer if self.has_adapters else self.trained.first_layer
 
     @property
     def layer_attention(self) -> int:
@@ -401,7 +416,7 @@ def _kept_by_all(sizes: StepSizes) -> int:
 
 def _kept_before(sizes: StepSizes, layer: int) -> int:
     """Return what the layers before this one keep while it goes backward."""
-    layer = max(0, layer - sizes.adapters.first_layer)
+    layer = max(0, layer - sizes.first_layer)
     if not sizes.config.model.activation_checkpointing:
         return layer * (_attention_bytes(sizes) + _experts_bytes(sizes))
     inputs_on_device = layer

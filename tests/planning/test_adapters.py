@@ -17,6 +17,7 @@ from cpt.planning.hardware import GPUS, Assumptions
 from cpt.planning.memory import GIB, counts_of, device_memory
 from cpt.planning.peak_rates import utilization
 from cpt.planning.step_work import Share
+from cpt.planning.trained_weights import ALL, NOTHING
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 
 MODELS = {name: load_config(None, name) for name in ("tiny", "gpt-oss-20b", "gpt-oss-120b")}
@@ -178,8 +179,8 @@ def test_only_adapters_of_experts_wait_for_the_busiest_rank(
 def test_share_of_the_peak_leaves_out_gradients_that_nobody_computes() -> None:
     model = MODELS["gpt-oss-20b"]
     shares = []
-    for trains_weights in (True, False):
-        share = utilization(model, 4096, 1e4, "NVIDIA L40S", trains_weights=trains_weights)
+    for trained in (ALL, NOTHING):
+        share = utilization(model, 4096, 1e4, "NVIDIA L40S", trained)
         assert share is not None
         shares.append(share)
     assert 2 / 3 < shares[1] / shares[0] < 0.75  # attention has no weights
