@@ -40,7 +40,7 @@ from cpt.model.weights.writer import (
 )
 from cpt.resilience.faults import fault_point
 from data_pipeline.console.progress import show_progress
-from data_pipeline.store.files import write_json
+from data_pipeline.store.files import AtChunk, no_call, write_json
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
 """Dtype of everything that is not quantized, by format."""
@@ -74,6 +74,7 @@ def export_checkpoint(
     complete: CompleteDirectory | None = None,
     base: Path | None = None,
     choice: ExponentChoice | None = None,
+    at_chunk: AtChunk = no_call,
 ) -> Path:
     """Write the weights of a checkpoint as a Hugging Face directory.
 
@@ -86,6 +87,7 @@ def export_checkpoint(
         base: The model below an adapter, or to compare an `mxfp4` export with; None for where the
             run started from.
         choice: The rule of `mxfp4`; None for that of training, or the default.
+        at_chunk: Called after each chunk that is hashed or written.
 
     Returns:
         `out`.
@@ -114,14 +116,15 @@ def export_checkpoint(
     if format_name == "mxfp4":
         rule = choice or choose_exponent(manifest, None)
         quantized = QuantizedExport(folder, manifest, rule, base)
-    verify_files(folder, manifest)
+    verify_files(folder, manifest, at_chunk)
     with published(out) as temporary:
         check_weights_space(temporary, sum(entry.num_bytes for entry in entries.values()))
         pieces: WeightPieces = stored_pieces(folder, manifest)
         if source is not None:
             pieces = whole_expert_pieces(source, source.shapes)
         shown = _with_progress(pieces, shapes, f"export of {folder.name}")
-        _write_weights(shown, shapes, temporary, entries, quantized)
+        with DirectoryWriter(temporary, entries, at_chunk) as writer:
+            _write_weights(shown, shapes, writer, entries, quantized)
         fault_point("export", manifest.step)
         if source is not None:
             source.refuse_unusable()
@@ -170,22 +173,21 @@ def _with_progress(pieces: WeightPieces, shapes: Shapes, title: str) -> WeightPi
 def _write_weights(
     pieces: WeightPieces,
     shapes: Shapes,
-    out: Path,
+    writer: DirectoryWriter,
     entries: dict[str, Entry],
     quantized: QuantizedExport | None,
 ) -> None:
     """Write all weights; what has no entry of its own name is rounded."""
-    with DirectoryWriter(out, entries) as writer:
-        for name, start, values in pieces:
-            if quantized is not None and name not in entries:
-                _, inputs, rows = shapes[name]
-                experts = values.view(-1, inputs, rows)
-                quantized.write(writer, name, start // (inputs * rows), experts)
-                continue
-            stored = values.to(entries[name].dtype)
-            if quantized is not None:
-                quantized.look(name, stored)
-            writer.write(name, start, stored)
+    for name, start, values in pieces:
+        if quantized is not None and name not in entries:
+            _, inputs, rows = shapes[name]
+            experts = values.view(-1, inputs, rows)
+            quantized.write(writer, name, start // (inputs * rows), experts)
+            continue
+        stored = values.to(entries[name].dtype)
+        if quantized is not None:
+            quantized.look(name, stored)
+        writer.write(name, start, stored)
 
 
 def _write_other_files(out: Path, config: GptOssConfig, format_name: str) -> None:

@@ -32,7 +32,7 @@ from cpt.model.weights.source import read_window
 from cpt.model.weights.tokenizer_check import tokenizer_problems
 from cpt.model.weights.writer import DirectoryWriter, Entry, check_weights_space
 from data_pipeline.console.progress import show_progress
-from data_pipeline.store.files import write_json
+from data_pipeline.store.files import AtChunk, no_call, write_json
 
 log = logging.getLogger("cpt.export.merge")
 
@@ -191,8 +191,23 @@ def folder_name(alpha: float) -> str:
     return f"alpha-{alpha:.6f}".rstrip("0")
 
 
-def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tuned: Path) -> None:
+def write_merged(
+    pair: Pair,
+    alphas: Sequence[float],
+    out: Path,
+    base: Path,
+    tuned: Path,
+    at_chunk: AtChunk = no_call,
+) -> None:
     """Write one Hugging Face directory per alpha into `out`; both models are read once.
+
+    Args:
+        pair: Both models.
+        alphas: Shares of the tuned one.
+        out: The directory.
+        base: That of the model before training.
+        tuned: That of the model after it.
+        at_chunk: Called after each piece that is written, and each file that is hashed.
 
     Raises:
         StorageError: there is too little room for all of them.
@@ -205,7 +220,7 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
         for alpha in alphas:
             folder = out / folder_name(alpha)
             folder.mkdir()
-            writers[alpha] = stack.enter_context(DirectoryWriter(folder, entries))
+            writers[alpha] = stack.enter_context(DirectoryWriter(folder, entries, at_chunk))
         total = sum(math.prod(shape) for shape in pair.shapes.values())
         bar = stack.enter_context(show_progress(total, "merge", "value", unit_scale=True))
         for name, start, before, after in pair.windows():

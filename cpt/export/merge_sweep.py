@@ -36,7 +36,7 @@ from data_pipeline.charts import (
     draw_lines,
     new_figure,
 )
-from data_pipeline.store.files import make_folder, write_json
+from data_pipeline.store.files import AtChunk, make_folder, no_call, write_json
 from data_pipeline.tables import table
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ def merge(
     pair = open_pair(base, tuned)
     results: list[dict[str, Any]] = []
 
-    def write() -> None:
+    def write(at_chunk: AtChunk = no_call) -> None:
         fault_point("offline_publish", 0)
         with published(out) as folder:
             if not score_only:
-                write_merged(pair, shares, folder, base, tuned)
+                write_merged(pair, shares, folder, base, tuned, at_chunk)
             if results:
                 write_json(folder / RESULT_FILE, {"results": results}, indent=2, sort_keys=True)
                 (folder / PLOT_FILE).write_text(sweep_figure(results), encoding="utf-8")
@@ -100,7 +100,7 @@ def merge(
         identity = ranks.on_first(lambda: _identity(pair, sets, model))
         with kept_pieces(out, identity, ranks) as pieces:
             results += score_sweep(pair, shares, SetScorer(model, sets, pieces))
-            ranks.on_first(write)
+            ranks.publish(write)
     return sweep_table(results)
 
 

@@ -43,7 +43,7 @@ from cpt.offline.rank_options import RankOptions
 from cpt.offline.ranks import OfflineRanks, check_fit, offline_ranks
 from cpt.offline.scored_sets import SetScorer, identity_of_sets
 from cpt.resilience.faults import fault_point
-from data_pipeline.store.files import sha256_of
+from data_pipeline.store.files import AtChunk, sha256_of
 
 log = logging.getLogger("cpt.export")
 
@@ -86,14 +86,14 @@ class HeldOut:
     """What survives of what the experts learned, by domain; empty without a base."""
 
 
-def write_scored(request: ScoringRequest, write: Callable[[HeldOut], None]) -> bool:
+def write_scored(request: ScoringRequest, write: Callable[[HeldOut, AtChunk], None]) -> bool:
     """Score the rounded weights of a checkpoint and call `write` with the result.
 
     All ranks call it together; the first one writes.
 
     Args:
         request: What is scored.
-        write: Writes the export.
+        write: Writes the export, and calls its second argument after each chunk of it.
 
     Returns:
         False if there is nothing to score, so that nothing was written.
@@ -109,11 +109,11 @@ def write_scored(request: ScoringRequest, write: Callable[[HeldOut], None]) -> b
     with scoring(request, sets) as models:
         held_out = models.held_out(request.choice.rule, request.choice.trained)
 
-        def publish() -> None:
+        def publish(at_chunk: AtChunk) -> None:
             fault_point("offline_publish", 0)
-            write(held_out)
+            write(held_out, at_chunk)
 
-        models.ranks.on_first(publish)
+        models.ranks.publish(publish)
     return True
 
 

@@ -37,6 +37,7 @@ from cpt.model.weights.mxfp4 import EXPONENT_RULES
 from cpt.model.weights.source import read_window
 from cpt.offline.pieces import ItemSeries
 from cpt.resilience.faults import fault_point
+from data_pipeline.store.files import AtChunk
 from data_pipeline.tables import table
 
 RULES_FILE = "mxfp4_rules.json"
@@ -48,8 +49,10 @@ SERIES = "rounding"
 """Name of the sums among the pieces."""
 
 Json = dict[str, Any]
-Write = Callable[[HeldOut, Json], None]
-"""Writes the export, with what held-out text says of it, and with the comparison of the rules."""
+Write = Callable[[HeldOut, Json, AtChunk], None]
+"""Writes the export, with what held-out text says of it, and with the comparison of the rules; it
+calls the third argument after each chunk.
+"""
 
 
 def score_rules(request: ScoringRequest, write: Write | None) -> Json:
@@ -74,12 +77,12 @@ def score_rules(request: ScoringRequest, write: Write | None) -> Json:
             held_out[rule] = models.held_out(rule, request.choice.trained)
         rules = _comparison(_sums_by_rule(models), held_out, models, request.choice.trained)
 
-        def publish() -> None:
+        def publish(at_chunk: AtChunk) -> None:
             fault_point("offline_publish", 0)
             if write is not None:
-                write(held_out[request.choice.rule], rules)
+                write(held_out[request.choice.rule], rules, at_chunk)
 
-        models.ranks.on_first(publish)
+        models.ranks.publish(publish)
     return rules
 
 

@@ -30,7 +30,7 @@ from cpt.export.vllm_constants import vllm_differences
 from cpt.offline.rank_options import RankOptions
 from cpt.resilience.environment import is_launched, rank_of_environment, read_environment
 from data_pipeline.escaping import escaped_text
-from data_pipeline.store.files import write_json
+from data_pipeline.store.files import AtChunk, no_call, write_json
 from data_pipeline.tables import table
 
 if TYPE_CHECKING:  # they import DeepSpeed, which nothing else here needs
@@ -99,6 +99,7 @@ def export_run(
     form: ExportForm,
     score: Score = "never",
     options: RankOptions | None = None,
+    at_chunk: AtChunk = no_call,
 ) -> Path:
     """Export a checkpoint of a run and return the directory.
 
@@ -112,6 +113,7 @@ def export_run(
         score: Whether an MXFP4 export is scored on the run's held-out text; `auto` does it if the
             text is there and the model is small enough for the device; one process only.
         options: How the ranks work together.
+        at_chunk: Called after each chunk of an export without a score.
 
     Raises:
         ConfigError: see `export_checkpoint`, `export_adapter` and `choose_exponent`; or `score` is
@@ -125,11 +127,14 @@ def export_run(
     if export.rounds and score != "never":
         from cpt.export.mxfp4_scoring import write_scored
 
+        def write(held_out: HeldOut, followed: AtChunk) -> None:
+            _export(export, followed, held_out)
+
         request = _request(export, score, options)
-        if write_scored(request, lambda held_out: _export(export, held_out)):
+        if write_scored(request, write):
             return out
     if rank_of_environment() == 0:
-        _export(export)
+        _export(export, at_chunk)
     return out
 
 
@@ -160,8 +165,8 @@ def export_with_rules(
 
     export = _begin(run_dir, folder, out, form)
 
-    def write(held_out: HeldOut, rules: Json) -> None:
-        _export(export, held_out, {RULES_FILE: rules})
+    def write(held_out: HeldOut, rules: Json, at_chunk: AtChunk) -> None:
+        _export(export, at_chunk, held_out, {RULES_FILE: rules})
 
     request = _request(export, "always", options)
     return rules_text(score_rules(request, write if form.exponent is not None else None))
@@ -210,7 +215,10 @@ def _refuse_ranks_that_decide_alone() -> None:
 
 
 def _export(
-    export: _Export, held_out: HeldOut | None = None, files: dict[str, Json] | None = None
+    export: _Export,
+    at_chunk: AtChunk,
+    held_out: HeldOut | None = None,
+    files: dict[str, Json] | None = None,
 ) -> None:
     """Write weights, what rounding did to them, and the model card.
 
@@ -219,6 +227,7 @@ def _export(
 
     Args:
         export: What is exported.
+        at_chunk: Called after each chunk that is hashed or written.
         held_out: What held-out text says of it; None if it was not scored.
         files: Further JSON files, by name.
     """
@@ -242,7 +251,9 @@ def _export(
         export_adapter(export.folder, export.out, form.adapter_dtype, complete)
         return
     choice = export.choice if export.rounds else None
-    export_checkpoint(export.folder, export.out, form.format_name, complete, form.base, choice)
+    export_checkpoint(
+        export.folder, export.out, form.format_name, complete, form.base, choice, at_chunk
+    )
 
 
 def _sections(

@@ -37,6 +37,7 @@ from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.resilience.best_effort import best_effort
 from cpt.resilience.devices import this_device
+from cpt.resilience.followed_work import followed_by_all
 from cpt.resilience.job_secret import take_job_secret
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest, watch_launcher
@@ -44,6 +45,7 @@ from cpt.resilience.watchdog import watching
 from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.run_end import finish_time
 from data_pipeline.console.say import say
+from data_pipeline.store.files import AtChunk
 
 log = logging.getLogger("cpt.job.launch")
 
@@ -304,7 +306,11 @@ def export_at_end(job: Job, checkpoint: Path, out: Path) -> bool:
     if job.topology.rank == 0:
         log.info("export of %s begun", checkpoint.name)
     form = ExportForm(format_name=format_at_end(job.config, job.progress.step))
-    on_first_rank(group, lambda: str(export_run(job.run_dir, checkpoint, out, form)))
+
+    def write(at_chunk: AtChunk) -> None:
+        export_run(job.run_dir, checkpoint, out, form, at_chunk=at_chunk)
+
+    followed_by_all(group, job.clock, job.progress.step, write)
     if job.topology.rank == 0:
         log.info("export finished in %.1f s: %s", time.perf_counter() - started, out)
     return True

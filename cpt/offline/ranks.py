@@ -35,12 +35,13 @@ from cpt.planning.memory import parameter_counts
 from cpt.resilience.agreed_stop import agreed_reason
 from cpt.resilience.devices import this_device
 from cpt.resilience.environment import LaunchEnvironment, is_launched, read_environment
+from cpt.resilience.followed_work import followed_by_all
 from cpt.resilience.job_secret import take_job_secret
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import watch_launcher
 from cpt.resilience.watchdog import watching
 from data_pipeline.build.self_replay import joined_hash
-from data_pipeline.store.files import xxh3_of
+from data_pipeline.store.files import AtChunk, xxh3_of
 
 STOP_MARGIN_SECONDS = 300.0
 """How long before the end of its Slurm job a command stops; a round must fit into it."""
@@ -72,6 +73,10 @@ class OfflineRanks:
     def on_first(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0; its JSON-able result, or its error, reaches every rank."""
         return on_first_rank(self.topology.control_group, action)
+
+    def publish(self, work: Callable[[AtChunk], None]) -> None:
+        """Do work on rank 0 that may take hours; see `followed_by_all`."""
+        followed_by_all(self.topology.control_group, self.clock, 0, work)
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; if it failed on any, raise on all."""

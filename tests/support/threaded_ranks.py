@@ -42,8 +42,11 @@ class ThreadedRanks:
         self.traffic = [Traffic() for _ in range(size)]
         self._here = threading.local()
         self._posted: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._shown: dict[tuple[int, int], torch.Tensor] = {}
         self._changed = threading.Condition()
         patch.setattr(dist, "all_to_all_single", self._all_to_all)
+        patch.setattr(dist, "all_gather", self._all_gather)
+        patch.setattr(dist, "all_reduce", self._all_reduce)
         patch.setattr(dist, "get_world_size", lambda group=None: size)
         patch.setattr(dist, "get_rank", lambda group=None: self._here.rank)
 
@@ -61,6 +64,7 @@ class ThreadedRanks:
                 errors.append(error)
 
         self._posted.clear()
+        self._shown.clear()
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
         for thread in threads:
             thread.start()
@@ -107,6 +111,26 @@ class ThreadedRanks:
             fetch()
 
         return _Work(wait)
+
+    def _all_gather(self, outputs: list[torch.Tensor], own: torch.Tensor, group: Any) -> None:
+        self._here.calls["shown"] += 1
+        number = self._here.calls["shown"]
+        with self._changed:
+            self._shown[number, self._here.rank] = own.clone()
+            self._changed.notify_all()
+            for rank, output in enumerate(outputs):
+                key = (number, rank)
+                if not self._changed.wait_for(lambda key=key: key in self._shown, PATIENCE_SECONDS):
+                    raise TimeoutError(f"rank {rank} never came to meeting {number}")
+                output.copy_(self._shown[key])
+
+    def _all_reduce(
+        self, own: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None
+    ) -> None:
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        self._all_gather(found, own, group)
+        stacked = torch.stack(found)
+        own.copy_(stacked.amax(0) if op == dist.ReduceOp.MAX else stacked.sum(0))
 
     def _fetch(self, number: int, origin: int) -> list[torch.Tensor]:
         key = (number, origin)

@@ -18,7 +18,7 @@ from cpt.errors import ConfigError
 from cpt.model.weights.hf_layout import open_tensors
 from data_pipeline.bounded.files import MalformedInput, open_regular, read_small_text
 from data_pipeline.console.progress import show_progress
-from data_pipeline.store.files import sha256_of, write_text
+from data_pipeline.store.files import AtChunk, no_call, sha256_of, write_text
 
 SUMS_FILE = "SHA256SUMS"
 SAMPLED_BLOCKS = 64
@@ -220,9 +220,18 @@ def _sums_of_links(files: list[Path]) -> dict[Path, str]:
     return sums
 
 
-def write_sums(path: Path, names: Iterable[str]) -> None:
-    """Write the SHA256SUMS of the files of these names in a directory."""
-    lines = [f"{sha256_of(path / name)}  {name}\n" for name in sorted(names)]
+def write_sums(path: Path, names: Iterable[str], at_chunk: AtChunk = no_call) -> None:
+    """Write the SHA256SUMS of the files of these names in a directory.
+
+    Args:
+        path: The directory.
+        names: Names of the files.
+        at_chunk: Called after each file.
+    """
+    lines = []
+    for name in sorted(names):
+        lines.append(f"{sha256_of(path / name)}  {name}\n")
+        at_chunk()
     write_text(path / SUMS_FILE, "".join(lines))
 
 

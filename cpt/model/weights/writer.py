@@ -37,8 +37,10 @@ from data_pipeline.store.boot import this_boot
 from data_pipeline.store.file_lock import LockHeld, file_lock
 from data_pipeline.store.files import (
     FOLDER_MODE,
+    AtChunk,
     AtomicFile,
     make_folder,
+    no_call,
     no_links,
     sync_directory,
     write_json,
@@ -114,8 +116,18 @@ class DirectoryWriter:
     piece is there.
     """
 
-    def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
+    def __init__(
+        self, folder: Path, entries: Mapping[str, Entry], at_chunk: AtChunk = no_call
+    ) -> None:
+        """Prepare to write.
+
+        Args:
+            folder: The directory.
+            entries: All tensors, in the order in which they are written.
+            at_chunk: Called after each piece that is written, and each file that is hashed.
+        """
         self._folder = folder
+        self._at_chunk = at_chunk
         groups = _grouped(entries)
         count = len(groups)
         self._names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -138,6 +150,7 @@ class DirectoryWriter:
         if self._open[file].whole:
             self._open.pop(file).finish()
             self._done.add(file)
+        self._at_chunk()
 
     def __enter__(self) -> DirectoryWriter:
         return self
@@ -160,7 +173,7 @@ class DirectoryWriter:
         if len(self._names) > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._file_of}
             write_json(self._folder / INDEX_FILE, index, indent=2, sort_keys=True)
-        write_sums(self._folder, self._names)
+        write_sums(self._folder, self._names, self._at_chunk)
 
 
 def _grouped(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:
