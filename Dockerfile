@@ -1,4 +1,4 @@
-# The GPU image: CUDA with a compiler (DeepSpeed builds its operators at first use), the tested package set, no root.
+# The GPU image: CUDA with a compiler (Triton compiles what starts its kernels at first use), the tested package set, no root.
 #   docker build -t gpt-oss-cpt .
 #   docker run --gpus all --shm-size=16g -v /data:/data gpt-oss-cpt deepspeed cpt/run.py --ds_config ...
 # docs/slurm.md describes SLURM: Apptainer or Pyxis run the image as the user of the job, with the repository mounted.
