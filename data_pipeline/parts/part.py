@@ -21,7 +21,6 @@ Decisions
 
 from __future__ import annotations
 
-import array
 import contextlib
 import dataclasses
 import errno
@@ -38,9 +37,18 @@ import numpy.typing as npt
 from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.parts.near_duplicates import NUM_HASHES, Signatures, minhash_signatures
-from data_pipeline.reading.content_hashes import HASH_DTYPE, Hashes
-from data_pipeline.reading.document import Document, hash_of_body
+from data_pipeline.parts.document_facts import (
+    BODIES,
+    CLUSTERS,
+    HASHES,
+    PLACES,
+    RECORDS,
+    SIGNATURES,
+    DocumentFacts,
+    write_facts,
+)
+from data_pipeline.reading.content_hashes import Hashes
+from data_pipeline.reading.document import Document
 from data_pipeline.reading.input_files import InputFile, check_unchanged
 from data_pipeline.reading.kept_fields import KeptWriter
 from data_pipeline.reading.sources import TOO_LONG, read_documents, why_too_long
@@ -52,7 +60,6 @@ from data_pipeline.store.packing import ARRAY_ERRORS, why_no_array
 from data_pipeline.store.provenance import Places
 from data_pipeline.store.shards import SUFFIX, LossMask, write_shard
 from data_pipeline.text.cleaning import Tally
-from data_pipeline.text.harmony import own_tokens
 from data_pipeline.text.tokenizer import Tokens
 
 VERSION = 1
@@ -60,17 +67,10 @@ VERSION = 1
 
 It belongs to what a part is known by in a cache, beside the versions of cleaning and conversations.
 """
-MAX_SEEN = 1 << 20
-"""Number of content hashes kept to find copies within a unit.
-
-Copies that are further apart are found at the end of the build.
-"""
 SHARD = f"documents{SUFFIX}"
 """Name of the shard among the files of a part."""
 NOTHING_LEARNED = "no token bears loss"
 """The reason why a document with a loss mask is left out."""
-SIGNATURE_TOKENS = 1 << 17
-"""Number of tokens whose signatures are computed at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,12 +105,12 @@ class Part:
     @property
     def hashes_path(self) -> Path:
         """Content hashes of the documents in the shard."""
-        return self._side_path("hashes")
+        return self._side_path(HASHES)
 
     @property
     def records_path(self) -> Path:
         """Content hashes of the records that the documents are turns of; absent if none are."""
-        return self._side_path("records")
+        return self._side_path(RECORDS)
 
     @property
     def by_record(self) -> bool:
@@ -129,22 +129,22 @@ class Part:
     @property
     def bodies_path(self) -> Path:
         """Hashes of the tokens of the conversations in the shard; absent if `has_bodies` is not."""
-        return self._side_path("bodies")
+        return self._side_path(BODIES)
 
     @property
     def clusters_path(self) -> Path:
         """Clusters of the documents in the shard; absent if the source names none."""
-        return self._side_path("clusters")
+        return self._side_path(CLUSTERS)
 
     @property
     def signatures_path(self) -> Path:
         """MinHash signatures of the documents in the shard; absent if they are not needed."""
-        return self._side_path("minhash")
+        return self._side_path(SIGNATURES)
 
     @property
     def places_path(self) -> Path:
         """Origins of the documents in the shard, counted from the start of the unit."""
-        return self._side_path("places")
+        return self._side_path(PLACES)
 
     @property
     def kept_path(self) -> Path:
@@ -155,19 +155,19 @@ class Part:
         """Return the files of the part but for the account, by names without source and number."""
         paths = {
             SHARD: self.shard_path,
-            "hashes": self.hashes_path,
-            "places": self.places_path,
+            HASHES: self.hashes_path,
+            PLACES: self.places_path,
         }
         if self.source.cluster_by is not None:
-            paths["clusters"] = self.clusters_path
+            paths[CLUSTERS] = self.clusters_path
         if self.source.keep:
             paths["kept"] = self.kept_path
         if self.by_record:
-            paths["records"] = self.records_path
+            paths[RECORDS] = self.records_path
         if self.has_bodies:
-            paths["bodies"] = self.bodies_path
+            paths[BODIES] = self.bodies_path
         if self.near_duplicates:
-            paths["minhash"] = self.signatures_path
+            paths[SIGNATURES] = self.signatures_path
         return paths
 
     def _side_path(self, suffix: str) -> Path:
@@ -286,29 +286,13 @@ def make_part(part: Part) -> Account:
     make_folder(part.shard_path.parent)
     make_folder(part.account_path.parent)
     tally = Tally()
-    facts = _DocumentFacts(part)
-    try:
-        has_shard = _write_shard(part, tally, facts)
-    except (DataError, OSError):
-        check_unchanged(part.inputs, part.source.name)  # it may be what went wrong
-        raise
-    check_unchanged(part.inputs, part.source.name)
-    with atomic_write(part.hashes_path) as file:
-        np.save(file, facts.hashes())
-    with atomic_write(part.places_path) as file:
-        np.save(file, facts.places())
-    if part.source.cluster_by is not None:
-        with atomic_write(part.clusters_path) as file:
-            np.save(file, facts.clusters())
-    if part.by_record:
-        with atomic_write(part.records_path) as file:
-            np.save(file, facts.records())
-    if part.has_bodies:
-        with atomic_write(part.bodies_path) as file:
-            np.save(file, facts.bodies())
-    if part.near_duplicates:
-        with atomic_write(part.signatures_path) as file:
-            np.save(file, facts.signatures())
+    with write_facts(part.file_paths()) as facts:
+        try:
+            has_shard = _write_shard(part, tally, facts)
+        except (DataError, OSError):
+            check_unchanged(part.inputs, part.source.name)  # it may be what went wrong
+            raise
+        check_unchanged(part.inputs, part.source.name)
     account = Account(
         tally=tally,
         num_documents=facts.num_documents,
@@ -332,7 +316,7 @@ class _Encoded(NamedTuple):
     """Whether each token bears loss as a label; None if all do."""
 
 
-def _write_shard(part: Part, tally: Tally, facts: _DocumentFacts) -> bool:
+def _write_shard(part: Part, tally: Tally, facts: DocumentFacts) -> bool:
     """Write the documents of the unit, each once, and return whether there are any."""
     documents = facts.without_copies(read_documents(part.source, part.unit, tally, part.seq_len))
     tokenized = _within_limits(_encode(documents, part.seq_len, tally), part.source, tally)
@@ -345,7 +329,7 @@ def _write_shard(part: Part, tally: Tally, facts: _DocumentFacts) -> bool:
 
 
 def _write_documents(
-    part: Part, documents: Iterator[_Encoded], facts: _DocumentFacts, kept: KeptWriter | None
+    part: Part, documents: Iterator[_Encoded], facts: DocumentFacts, kept: KeptWriter | None
 ) -> None:
     with write_shard(part.shard_path) as shard:
         for document, tokens, loss in documents:
@@ -407,120 +391,3 @@ def _within_limits(
             tally.withdraw_filtered(f"more than {most} tokens", num_tokens)
         else:
             yield encoded
-
-
-def _halves(high: array.array[int], low: array.array[int]) -> Hashes:
-    hashes = np.empty(len(high), HASH_DTYPE)
-    hashes["high"] = high
-    hashes["low"] = low
-    return hashes
-
-
-def _identity(document: Document) -> int:
-    """Return what tells a document from all others of its unit."""
-    return document.record << 128 | document.content_hash
-
-
-class _DocumentFacts:
-    """Facts about the documents of one unit that the end of the build needs."""
-
-    def __init__(self, part: Part) -> None:
-        self._need_signatures = part.near_duplicates
-        self._by_record = part.by_record
-        self._has_bodies = part.has_bodies
-        self._high = array.array("Q")
-        self._low = array.array("Q")
-        self._record_high = array.array("Q")
-        self._record_low = array.array("Q")
-        self._body_high = array.array("Q")
-        self._body_low = array.array("Q")
-        self._clusters = array.array("Q")
-        self._places = array.array("Q")
-        self._waiting: list[Tokens] = []
-        self._num_waiting_tokens = 0
-        self._signatures: list[Signatures] = [np.zeros((0, NUM_HASHES), np.uint32)]
-        self.num_tokens = 0
-        self._tokens_of_seen: dict[int, int] = {}
-        self.num_duplicates = 0
-        self.longest_conversation = 0
-        self.num_duplicate_tokens = 0
-
-    @property
-    def num_documents(self) -> int:
-        """Documents noted so far."""
-        return len(self._high)
-
-    def without_copies(self, documents: Iterator[Document]) -> Iterator[Document]:
-        """Yield each document whose content was not noted before, and count the others.
-
-        Turns that two records have in common stay: either record may be held out.
-        """
-        for document in documents:
-            num_tokens = self._tokens_of_seen.get(_identity(document))
-            if num_tokens is None:
-                yield document
-            else:
-                self.num_duplicates += 1
-                self.num_duplicate_tokens += num_tokens
-
-    def note(self, document: Document, tokens: Tokens, loss: LossMask | None) -> None:
-        """Add one document of the shard."""
-        self._high.append(document.content_hash >> 64)
-        self._low.append(document.content_hash & 2**64 - 1)
-        if self._by_record:
-            record = document.record or document.content_hash
-            self._record_high.append(record >> 64)
-            self._record_low.append(record & 2**64 - 1)
-        if self._has_bodies:
-            of_body = hash_of_body(tokens)
-            self._body_high.append(of_body >> 64)
-            self._body_low.append(of_body & 2**64 - 1)
-        self._clusters.append(document.cluster)
-        self._places.append(document.origin)
-        num_tokens = len(tokens)
-        if document.is_conversation:
-            self.longest_conversation = max(self.longest_conversation, num_tokens - 1)
-        else:
-            num_tokens += 1  # END_OF_TEXT
-        self.num_tokens += num_tokens
-        if len(self._tokens_of_seen) >= MAX_SEEN:
-            self._tokens_of_seen.clear()
-        self._tokens_of_seen[_identity(document)] = num_tokens
-        if self._need_signatures:
-            own = tokens
-            if document.is_conversation:
-                own = own_tokens(tokens, has_mask=loss is not None)
-            self._waiting.append(own)
-            self._num_waiting_tokens += len(tokens)
-            if self._num_waiting_tokens >= SIGNATURE_TOKENS:
-                self._sign()
-
-    def hashes(self) -> Hashes:
-        """Return the content hashes of the documents noted."""
-        return _halves(self._high, self._low)
-
-    def records(self) -> Hashes:
-        """Return the content hash of the whole record of each document noted."""
-        return _halves(self._record_high, self._record_low)
-
-    def bodies(self) -> Hashes:
-        """Return the hash of the tokens of each conversation noted."""
-        return _halves(self._body_high, self._body_low)
-
-    def clusters(self) -> Hashes64:
-        """Return the clusters of the documents noted."""
-        return np.array(self._clusters, dtype=np.uint64)
-
-    def places(self) -> Places:
-        """Return the origins of the documents noted."""
-        return np.array(self._places, dtype=np.uint64)
-
-    def signatures(self) -> Signatures:
-        """Return the MinHash signatures of the documents noted."""
-        self._sign()
-        return np.concatenate(self._signatures)
-
-    def _sign(self) -> None:
-        self._signatures.append(minhash_signatures(self._waiting))
-        self._waiting = []
-        self._num_waiting_tokens = 0
