@@ -17,7 +17,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,17 +25,10 @@ from data_pipeline.config.links import dangling_link
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import CptError, DataError
 from data_pipeline.reading.table_columns import check_columns, column_path
+from data_pipeline.reading.training_segments import TrainingSegments
 from data_pipeline.store.arrow_streams import check_saved_dataset
 from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
 from data_pipeline.store.manifest import read_manifest
-from data_pipeline.store.packing import (
-    ARRAY_NAMES,
-    RowIndex,
-    Segments,
-    join_segments,
-    load_array,
-    segments_of,
-)
 from data_pipeline.store.provenance import Records, read_records
 from data_pipeline.store.shards import LossMask, Shards
 from data_pipeline.store.verification import check_files
@@ -54,8 +47,8 @@ class _BuiltSource:
     folder: Path
     """Folder of the source in the build."""
     shards: Shards
-    train: Segments
-    """What the build trains on: documents, or stretches of them, in their order."""
+    train: TrainingSegments
+    """What the build trains on."""
     records: Records | None
     """Hash of the whole record of each document; None if documents are whole records."""
 
@@ -137,8 +130,8 @@ def read_build_texts(source: SourceConfig, start: int, stop: int) -> Iterator[by
 
     Segments are counted through all sources that are taken from the build.
     """
-    for built, number in _segments_between(_built_sources(source), start, stop):
-        yield _segment_text(built, number)
+    for built, segment in _segments_between(_built_sources(source), start, stop):
+        yield _segment_text(built, segment)
 
 
 def holds_conversations(source: SourceConfig) -> bool:
@@ -179,28 +172,49 @@ def read_build_conversations(
     """
     sources = _built_sources(source)
     has_loss = any(built.shards.has_loss for built in sources)
-    for built, number in _segments_between(sources, start, stop):
-        yield _stored_conversation(built, number, has_loss)
+    for built, segment in _segments_between(sources, start, stop):
+        yield _stored_conversation(built, segment, has_loss)
+
+
+class _Segment(NamedTuple):
+    """A document, or a stretch of one, that an earlier build trains on."""
+
+    document: int
+    start: int
+    """Tokens of the document before it."""
+    tokens: int
+    """Tokens of it, END_OF_TEXT included if the document ends there."""
 
 
 def _segments_between(
     sources: Sequence[_BuiltSource], start: int, stop: int
-) -> Iterator[tuple[_BuiltSource, int]]:
-    """Yield source and number of the segments [start, stop), counted through all sources."""
+) -> Iterator[tuple[_BuiltSource, _Segment]]:
+    """Yield source and segment of the segments [start, stop), counted through all sources."""
     num_before = 0
     for built in sources:
+        if num_before >= stop:
+            return
         first = max(start - num_before, 0)
-        last = max(stop - num_before, 0)
-        for number in range(first, min(last, len(built.train))):
-            yield built, number
+        for some in built.train.between(first, stop - num_before):
+            for number in range(len(some)):
+                yield (
+                    built,
+                    _Segment(
+                        document=int(some.document[number]),
+                        start=int(some.start[number]),
+                        tokens=int(some.tokens[number]),
+                    ),
+                )
         num_before += len(built.train)
 
 
-def _stored_conversation(built: _BuiltSource, number: int, has_loss: bool) -> StoredConversation:
-    document = int(built.train.document[number])
-    length = int(built.train.tokens[number])
-    assert built.train.start[number] == 0, "a conversation is never cut"
-    tokens, loss = built.shards.tokens_and_loss(document, 0, length)
+def _stored_conversation(
+    built: _BuiltSource, segment: _Segment, has_loss: bool
+) -> StoredConversation:
+    document = segment.document
+    shards = built.shards
+    assert segment.start == 0, "a conversation is never cut"
+    tokens, loss = shards.tokens_and_loss(document, 0, segment.tokens)
     if has_loss and loss is None:
         loss = np.ones(len(tokens), np.bool_)
     record = 0
@@ -209,26 +223,29 @@ def _stored_conversation(built: _BuiltSource, number: int, has_loss: bool) -> St
     return StoredConversation(
         tokens=tokens.astype(np.uint32),
         loss=loss,
-        num_bytes=int(built.shards.document_bytes[document]),
-        learned_bytes=int(built.shards.learned_bytes[document]),
+        num_bytes=int(shards.bytes_of(document, document + 1)[0]),
+        learned_bytes=int(shards.learned_bytes_of(document, document + 1)[0]),
         record=record,
     )
 
 
 def _num_bytes(built: _BuiltSource) -> int:
     """Return the UTF-8 bytes of all segments; of cut documents in proportion to their tokens."""
-    train = built.train
-    document_bytes = built.shards.document_bytes[train.document]
-    document_tokens = built.shards.document_tokens[train.document]
-    return int((document_bytes * train.tokens // document_tokens).sum())
+    total = 0
+    for train in built.train.between(0, len(built.train)):
+        first = int(train.document[0])
+        last = int(train.document[-1]) + 1
+        document_bytes = built.shards.bytes_of(first, last)[train.document - first]
+        document_tokens = built.shards.lengths(first, last)[train.document - first]
+        total += int((document_bytes * train.tokens // document_tokens).sum())
+    return total
 
 
-def _segment_text(built: _BuiltSource, number: int) -> bytes:
+def _segment_text(built: _BuiltSource, segment: _Segment) -> bytes:
     """Return the UTF-8 text of a segment, without END_OF_TEXT."""
-    document = int(built.train.document[number])
-    start = int(built.train.start[number])
-    stop = start + int(built.train.tokens[number])
-    is_end = stop == int(built.shards.document_tokens[document])
+    document, start, num_tokens = segment
+    stop = start + num_tokens
+    is_end = stop == int(built.shards.lengths(document, document + 1)[0])
     if is_end:
         stop -= 1
     content = decode_bytes(built.shards.tokens(document, start, stop))
@@ -273,11 +290,10 @@ def _open_build(directory: Path, names: tuple[str, ...]) -> list[_BuiltSource]:
     found = []
     for name in names or known:
         shards = Shards(directory / name, manifest.shard_names(name), verify=False)
-        stages = []
-        for folder in known[name].train_folders:
-            stages.append(_training_segments(directory / name / folder, shards))
+        folders = [directory / name / folder for folder in known[name].train_folders]
         records = read_records(directory, name, shards.num_documents)
-        found.append(_BuiltSource(directory / name, shards, join_segments(stages), records))
+        train = TrainingSegments(folders, shards)
+        found.append(_BuiltSource(directory / name, shards, train, records))
     _check_one_kind(directory, found)
     return found
 
@@ -302,36 +318,6 @@ def _check_one_kind(directory: Path, sources: Sequence[_BuiltSource]) -> None:
                 f"{built.folder}: its texts have loss masks, which would be lost when they are "
                 "read as text. Take them from their own files."
             )
-
-
-def _training_segments(folder: Path, shards: Shards) -> Segments:
-    """Return what the rows in `folder` were packed from.
-
-    Raises:
-        DataError: they do not fit the documents.
-    """
-    rows = RowIndex(**{name: load_array(folder / f"{name}.npy") for name in ARRAY_NAMES})
-    if not len(rows.piece_document) == len(rows.piece_start) == len(rows.piece_pairs):
-        raise _misfit(folder)
-    train = segments_of(rows)
-    if not len(train):
-        return train
-    if not 0 <= train.document[0] <= train.document[-1] < shards.num_documents:
-        raise DataError(
-            f"{folder}: names document {train.document[-1]}, but the source has "
-            f"{shards.num_documents}. The build is damaged: delete it and build it again."
-        )
-    stops = train.start + train.tokens
-    if train.start.min() < 0 or (stops > shards.document_tokens[train.document]).any():
-        raise _misfit(folder)
-    return train
-
-
-def _misfit(folder: Path) -> DataError:
-    return DataError(
-        f"{folder}: its row arrays do not fit the documents. The build is damaged: delete it and "
-        "build it again."
-    )
 
 
 def _dataset(source: SourceConfig) -> Any:

@@ -150,6 +150,8 @@ class RowFiles:
             self._learned = _ArrayFile.open(folder / LOSS_FILE)
         self.num_rows = self._offsets.length - 1
         """Number of rows."""
+        self.num_pieces = self._document.length
+        """Number of pieces of all rows."""
         if not self._document.length == self._start.length == self._pairs.length:
             raise self.misfit()
         if self._learned.length != self._pairs.length:
@@ -167,6 +169,10 @@ class RowFiles:
         first, last = self._offsets.read(self._files, row, row + 2).tolist()
         if not 0 <= first < last <= self._document.length:
             raise self.misfit()
+        return self.pieces_between(first, last)
+
+    def pieces_between(self, first: int, last: int) -> RowPieces:
+        """Return the pieces [first, last), counted through all rows."""
         return RowPieces(
             document=self._document.read(self._files, first, last),
             start=self._start.read(self._files, first, last),

@@ -134,9 +134,9 @@ class ShardWriter:
     def finish(self) -> None:
         """Write what follows the tokens, and the header."""
         self._file.write(bytes(_padding_bytes(self.num_tokens)))
-        self._file.write(np.asarray(self._offsets, dtype="<u8").tobytes())
-        self._file.write(np.asarray(self._document_bytes, dtype="<u8").tobytes())
-        self._file.write(np.asarray(self._learned_bytes, dtype="<u8").tobytes())
+        self._file.write(np.asarray(self._offsets, dtype="<u8").data)
+        self._file.write(np.asarray(self._document_bytes, dtype="<u8").data)
+        self._file.write(np.asarray(self._learned_bytes, dtype="<u8").data)
         content: dict[str, Any] = {
             "dtype": _DTYPE,
             "num_documents": self.num_documents,
@@ -504,25 +504,39 @@ class Shards:
     @functools.cached_property
     def document_bytes(self) -> Integers:
         """UTF-8 bytes of each document, [num_documents]; reads all of them."""
-        return self._sizes(lambda layout: layout.bytes_at)
+        return self.bytes_of(0, self.num_documents)
 
     @functools.cached_property
     def learned_bytes(self) -> Integers:
         """UTF-8 bytes of what is learned of each document, [num_documents]: all without a mask."""
         if not self.has_loss:
             return self.document_bytes
-        return self._sizes(lambda layout: layout.learned_bytes_at)
+        return self.learned_bytes_of(0, self.num_documents)
 
-    def _sizes(self, position_in: Callable[[ShardLayout], int]) -> Integers:
-        """Return a number of each document, [num_documents]; reads all of them.
+    def bytes_of(self, first: int, stop: int) -> Integers:
+        """Return the UTF-8 bytes of the documents [first, stop)."""
+        return self._numbers(first, stop, lambda layout: layout.bytes_at)
+
+    def learned_bytes_of(self, first: int, stop: int) -> Integers:
+        """Return the UTF-8 bytes of what is learned of the documents [first, stop)."""
+        if not self.has_loss:
+            return self.bytes_of(first, stop)
+        return self._numbers(first, stop, lambda layout: layout.learned_bytes_at)
+
+    def _numbers(
+        self, first: int, stop: int, position_in: Callable[[ShardLayout], int]
+    ) -> Integers:
+        """Return a number of each of the documents [first, stop).
 
         Args:
+            first: The first document.
+            stop: One past the last document.
             position_in: Returns where the numbers of a shard begin in its file.
         """
-        parts = []
-        for number, path in enumerate(self._paths):
-            layout = self._layout(number)
-            content = self._files.read(path, 8 * layout.num_documents, position_in(layout))
+        parts = [np.zeros(0, np.int64)]
+        for number, place, last in self._stretches(first, stop):
+            position = position_in(self._layout(number)) + 8 * place
+            content = self._files.read(self._paths[number], 8 * (last - place), position)
             parts.append(np.frombuffer(content, "<i8"))
         return np.concatenate(parts)
 
@@ -533,20 +547,31 @@ class Shards:
             DataError: A shard is damaged.
         """
         parts = [np.zeros(0, np.int64)]
-        document = first
-        while document < stop:
-            number, place = self._place(document)
-            layout = self._layout(number)
-            last = min(layout.num_documents, place + stop - document)
-            offsets_at = layout.offsets_at + 8 * place
+        for number, place, last in self._stretches(first, stop):
+            offsets_at = self._layout(number).offsets_at + 8 * place
             content = self._files.read(self._paths[number], 8 * (last - place + 1), offsets_at)
             lengths = np.diff(np.frombuffer(content, "<i8"))
             if (lengths < 2).any():
                 bad = place + int(np.argmax(lengths < 2))
                 raise self._error(number, f"has document offsets that do not rise (document {bad})")
             parts.append(lengths)
-            document += last - place
         return np.concatenate(parts)
+
+    def _stretches(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the shards that hold the documents [first, stop), and which of its own they are.
+
+        Raises:
+            DataError: A shard has fewer documents than the build says.
+        """
+        document = first
+        while document < stop:
+            number, place = self._place(document)
+            num_documents = self._layout(number).num_documents
+            if place >= num_documents:
+                raise self._error(number, f"holds {num_documents} documents, and the build more")
+            last = min(num_documents, place + stop - document)
+            yield number, place, last
+            document += last - place
 
     def tokens(self, document: int, start: int, stop: int) -> npt.NDArray[np.uint32]:
         """Return the tokens [start, stop) of a document.

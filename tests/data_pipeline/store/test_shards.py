@@ -227,3 +227,11 @@ def test_documents_of_which_only_some_have_masks_are_refused(masked: Path, path:
     shards = Shards(path.parent, [path.name, masked.name])
     with pytest.raises(DataError, match="only some have masks"):
         _ = shards.has_loss
+
+
+def test_a_shard_with_fewer_documents_than_the_build_says_is_refused(path: Path) -> None:
+    stored = Shard(path).num_documents
+    counts = np.array([stored + 1])
+    shards = Shards(path.parent, [path.name], verify=False, num_documents=counts)
+    with pytest.raises(DataError, match=f"holds {stored} documents, and the build more"):
+        shards.lengths(0, stored + 1)
