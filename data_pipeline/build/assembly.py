@@ -43,7 +43,7 @@ from data_pipeline.store.manifest import (
     SourceEntry,
     StageEntry,
 )
-from data_pipeline.store.packing import CLUSTERS_FILE, Integers, Segments
+from data_pipeline.store.packing import BLOCK_DOCUMENTS, CLUSTERS_FILE, Integers, Segments
 from data_pipeline.store.row_files import (
     DOCUMENT_BYTES_FILE,
     DOCUMENT_TOKENS_FILE,
@@ -264,8 +264,12 @@ def _sum_of_stages(stages: Sequence[StageEntry]) -> _Packed:
 
 def _num_bytes(trained: Segments, document_tokens: Integers, document_bytes: Integers) -> int:
     """Return the UTF-8 bytes of segments; of cut documents in proportion to their tokens."""
-    whole_bytes = document_bytes[trained.document]
-    return int((whole_bytes * trained.tokens // document_tokens[trained.document]).sum())
+    total = 0
+    for first in range(0, len(trained), BLOCK_DOCUMENTS):
+        some = trained.part(first, first + BLOCK_DOCUMENTS)
+        whole_bytes = document_bytes[some.document]
+        total += int((whole_bytes * some.tokens // document_tokens[some.document]).sum())
+    return total
 
 
 def _pack_stages(

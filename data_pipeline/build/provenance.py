@@ -58,7 +58,8 @@ def write_provenance(directory: Path, source: SourceParts) -> None:
     num_documents = sum(account.num_documents for account in source.accounts)
     write_places(folder, num_documents, _places(source))
     if source.parts and source.parts[0].by_record:
-        write_records(folder, [read_records(part) for part in source.parts])
+        # a memory map keeps a descriptor, so they come one after the other
+        write_records(folder, map(read_records, source.parts))
     kept_rows = []
     if source.source.keep:
         for number, part in enumerate(source.parts):

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from data_pipeline.bounded.files import MalformedInput
 from data_pipeline.bounded.json_text import read_json
 from data_pipeline.errors import DataError
+from data_pipeline.store.array_writer import ArrayWriter
 from data_pipeline.store.files import atomic_write, make_folder, write_json
 from data_pipeline.store.manifest import BuildManifest
 from data_pipeline.store.packing import ARRAY_ERRORS, CLUSTERS_FILE, why_no_array
@@ -98,11 +99,14 @@ def write_places(folder: Path, count: int, places: Iterable[Places]) -> None:
             file.write(of_part.astype("<u8").tobytes())
 
 
-def write_records(folder: Path, records: Sequence[Records]) -> None:
+def write_records(folder: Path, records: Iterable[Records]) -> None:
     """Write the hash of the whole record of each document of a source, part by part."""
     make_folder(folder)
     with atomic_write(folder / RECORDS_FILE) as file:
-        np.save(file, np.concatenate(records).astype(_RECORD_DTYPE))
+        writer = ArrayWriter(file, _RECORD_DTYPE)
+        for of_part in records:
+            writer.append(of_part.astype(_RECORD_DTYPE, copy=False))
+        writer.finish()
 
 
 def read_records(build: Path, source: str, count: int) -> Records | None:

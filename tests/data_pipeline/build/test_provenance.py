@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from data_pipeline.errors import DataError
 from data_pipeline.fates.steps import STEPS_FOLDER
 from data_pipeline.mixture.row_origins import PieceOrigin, document_origin, row_origins
 from data_pipeline.reading import units
-from data_pipeline.store.provenance import FOLDER, PLACES_FILE, Provenance
+from data_pipeline.reading.content_hashes import HASH_DTYPE, Hashes
+from data_pipeline.store import provenance
+from data_pipeline.store.provenance import FOLDER, PLACES_FILE, RECORDS_FILE, Provenance
 from data_pipeline.text.tokenizer import decode_bytes
 from tests.data_pipeline.inputs import MakeMix, make_texts
 from tests.support.records import write_jsonl as write_records
@@ -252,3 +256,19 @@ def test_a_document_that_is_not_there_and_damaged_files_are_told(
     (folder / "files.json").write_text("[]")
     with pytest.raises(DataError, match="not what the build wrote"):
         Provenance(out, "en")
+
+
+def test_hashes_of_records_are_written_part_by_part(tmp_path: Path) -> None:
+    """A map of every part at once would take a descriptor for each."""
+    everything = np.arange(64, dtype="<u8").view(HASH_DTYPE)
+    yielded: list[weakref.ref[Hashes]] = []
+
+    def parts() -> Iterator[Hashes]:
+        for number in range(8):
+            part = everything[4 * number : 4 * number + 4].copy()
+            yielded.append(weakref.ref(part))
+            yield part
+            assert sum(one() is not None for one in yielded) <= 2
+
+    provenance.write_records(tmp_path, parts())
+    assert np.array_equal(np.load(tmp_path / RECORDS_FILE), everything)
