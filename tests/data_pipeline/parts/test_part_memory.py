@@ -63,11 +63,11 @@ def few_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_wait")
 def test_memory_of_a_worker_does_not_grow_with_the_unit(tmp_path: Path) -> None:
-    small = part_of(tmp_path / "small", 100)
-    large = part_of(tmp_path / "large", 900)
+    small = part_of(tmp_path / "small", 200)
+    large = part_of(tmp_path / "large", 1000)
     make_part(small)  # what stays is there now
     growth = peak_bytes(large) - peak_bytes(small)
-    assert read_signatures(large).shape == (900, NUM_HASHES)
+    assert read_signatures(large).shape == (1000, NUM_HASHES)
     assert growth < MOST_BYTES * 800, f"{growth / 800:.0f} bytes a document"
 
 

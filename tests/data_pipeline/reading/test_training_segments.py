@@ -51,8 +51,8 @@ def draw_segments(chance: np.random.Generator, lengths: Integers) -> Segments:
             columns += [(document, 0, 3), (document, 4, length - 4)]
         elif kind > 1:
             columns.append((document, 0, length))
-    document, start, tokens = np.array(columns, np.int64).reshape(-1, 3).T
-    return Segments(document=document, start=start, tokens=tokens)
+    table = np.array(columns, np.int64).reshape(-1, 3)
+    return Segments(document=table[:, 0], start=table[:, 1], tokens=table[:, 2])
 
 
 def joined(parts: Sequence[Segments]) -> list[list[int]]:
