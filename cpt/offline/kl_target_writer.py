@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from cpt.training.kl_target_format import (
 from cpt.training.loader import NO_SOURCE, filler_row, make_micro_batch
 from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.dataset import BuiltData
-from data_pipeline.store.files import make_folder
+from data_pipeline.store.files import AtChunk, make_folder
 
 LARGEST_TOP_K = 1024
 """Largest value that `--top_k` accepts."""
@@ -99,7 +100,7 @@ def write_targets(request: TargetsRequest, options: RankOptions | None = None) -
             for series in listed:
                 pieces.compute(series, _top_k_of(model, data, series, request.top_k), _joined)
             base_model = ranks.hash_of_weights(set(tensor_files(request.model_dir).values()))
-            ranks.on_first(lambda: _publish(request, data, pieces, base_model, computed_in))
+            ranks.publish(partial(_publish, request, data, pieces, base_model, computed_in))
     num_rows = sum(series.num_items for series in listed)
     return (
         f"{request.out}: the {request.top_k} likeliest of {_num_tokens(request, data)} predicted "
@@ -168,7 +169,12 @@ def _joined(rows: Sequence[TopK]) -> dict[str, torch.Tensor]:
 
 
 def _publish(
-    request: TargetsRequest, data: BuiltData, pieces: Pieces, base_model: str, computed_in: str
+    request: TargetsRequest,
+    data: BuiltData,
+    pieces: Pieces,
+    base_model: str,
+    computed_in: str,
+    at_chunk: AtChunk,
 ) -> None:
     """Join the pieces to the files of the result."""
     fault_point("offline_publish", 0)
@@ -179,12 +185,13 @@ def _publish(
             series = _series(data, name)
             number = data.source_names.index(name)
             num_tokens = int(data.row_tokens(number).sum())
-            _join(pieces, series, TargetFileWriter(folder, name, num_tokens, request.top_k))
+            file = TargetFileWriter(folder, name, num_tokens, request.top_k)
+            _join(pieces, series, file, at_chunk)
             sources[name] = TargetsOfSource(
                 rows=series.num_items,
                 tokens=num_tokens,
                 row_hash=row_hashes[name],
-                xxh3=hash_target_file(folder, name),
+                xxh3=hash_target_file(folder, name, at_chunk),
             )
         sidecar = Sidecar(
             base_model=base_model,
@@ -196,10 +203,11 @@ def _publish(
         write_sidecar(folder, sidecar)
 
 
-def _join(pieces: Pieces, series: ItemSeries, file: TargetFileWriter) -> None:
+def _join(pieces: Pieces, series: ItemSeries, file: TargetFileWriter, at_chunk: AtChunk) -> None:
     try:
         for content in pieces.read(series):
             file.append(content["ids"], content["log_p"])
+            at_chunk()
         file.finish()
     finally:
         file.close()

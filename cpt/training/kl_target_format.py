@@ -24,7 +24,7 @@ from cpt.errors import ConfigError
 from cpt.model.weights.byte_ranges import TensorFile
 from cpt.model.weights.hf_layout import read_json
 from cpt.model.weights.writer import Entry, TensorFileWriter
-from data_pipeline.store.files import write_json, xxh3_of
+from data_pipeline.store.files import AtChunk, no_call, write_json, xxh3_of
 
 SIDECAR = "kl_targets.json"
 FORMAT_VERSION = 1
@@ -101,9 +101,9 @@ def target_file(folder: Path, source: str) -> Path:
     return folder / f"{source}.safetensors"
 
 
-def hash_target_file(folder: Path, source: str) -> str:
-    """Return the hash that the sidecar keeps of a source's file."""
-    return xxh3_of(target_file(folder, source))
+def hash_target_file(folder: Path, source: str, at_chunk: AtChunk = no_call) -> str:
+    """Return the hash that the sidecar keeps of a source's file; see `AtChunk`."""
+    return xxh3_of(target_file(folder, source), at_chunk)
 
 
 def bytes_per_token(top_k: int) -> int:

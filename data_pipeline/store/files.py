@@ -165,18 +165,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def xxh3_of(path: Path) -> str:
-    """Return the hex xxh3_128 of a regular file."""
-    with open_regular(path) as file:
-        return xxh3_of_open(file)
-
-
 AtChunk = Callable[[], object]
 """Called for each chunk of a file that is hashed; what it raises ends the reading."""
 
 
 def no_call() -> None:
     """Do nothing at a chunk."""
+
+
+def xxh3_of(path: Path, at_chunk: AtChunk = no_call) -> str:
+    """Return the hex xxh3_128 of a regular file."""
+    with open_regular(path) as file:
+        return xxh3_of_open(file, at_chunk)
 
 
 def xxh3_of_open(file: IO[bytes], at_chunk: AtChunk = no_call) -> str:
