@@ -201,13 +201,7 @@ def write_merged(
 ) -> None:
     """Write one Hugging Face directory per alpha into `out`; both models are read once.
 
-    Args:
-        pair: Both models.
-        alphas: Shares of the tuned one.
-        out: The directory.
-        base: That of the model before training.
-        tuned: That of the model after it.
-        at_chunk: Called after each piece that is written, and each file that is hashed.
+    `at_chunk` is called after each piece that is written, and each file that is hashed.
 
     Raises:
         StorageError: there is too little room for all of them.
