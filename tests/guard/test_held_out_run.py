@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -317,10 +318,18 @@ def test_domain_that_is_added_before_the_first_step_is_measured(
     run.look(0, 0.0)
     file = run.run_dir / "guard" / "baseline.json"
     stored = json.loads(file.read_text())
-    file.write_text(json.dumps({"earlier": stored["web"]}))
-    Run(data, topology, run.run_dir).look(0, 0.0)
-    assert json.loads(file.read_text()) == {"earlier": stored["web"], **stored}
+    late = copy.copy(data.held_out[0])
+    late.name = "late"
+    more: Any = SimpleNamespace(held_out=(data.held_out[0], late))
+    again = Run(more, topology, run.run_dir)
+    model: Any = again.model
+    limits = LeverLimits(room=0.0)
+    again.guard.measure(0, model, again.telemetry, replay=lambda: limits)
+    measured = json.loads(file.read_text())
+    assert measured["web"] == stored["web"] and measured["late"]["nats"]
+    assert [event["domain"] for event in again.guard.latest["text"]] == ["web", "late"]
     assert not caplog.text
+    file.write_text(json.dumps(stored))
     # later the untouched model is gone
     two = Run(data, topology, run.run_dir)
     text: Any = two.guard._yardsticks[0]
