@@ -4,8 +4,9 @@
 
 The stages run in a few processes, one after the other, because an error inside a GPU kernel leaves
 its process without a GPU.  The result of each stage is appended to DIR/results.jsonl as soon as it
-is there, so that being cut off loses only what has not run.  A stage that fails is reported, and
-the others go on; a stage that no time is left for is skipped and named.
+is there, so that being cut off loses only what has not run.  A stage that fails, or finds anything
+wrong, is reported, and the others go on; a stage that no time is left for is skipped and named.  A
+group that hangs is killed after a time of its own.  The exit code is 1 if anything was not right.
 
 `--tiny` runs the same stages at toy sizes on a CPU, to test this program.
 """
@@ -13,8 +14,8 @@ the others go on; a stage that no time is left for is skipped and named.
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from cpt.model.kernels.availability import SWITCH  # noqa: E402
-from gpu.stages import Options, run_stages  # noqa: E402
+from gpu.stages import Options, record, run_stages, run_within  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class Group:
     """What results.jsonl calls it."""
     module: str
     """They are the STAGES of `gpu.stages_MODULE`."""
+    most_seconds: float
+    """Time after which the group is killed, several times what it took on an H100: a kernel that
+    never ends must not take the time of the others.
+    """
     only: tuple[str, ...] = ()
     """Names of the stages that run; all if empty."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -41,15 +46,23 @@ class Group:
 
 
 GROUPS = (
-    Group("kernels", "kernels"),
-    Group("engine", "engine", ("training_steps", "profile_of_a_step", "host_waits")),
-    Group("truth", "truth"),
-    Group("products", "products"),
-    Group("without fused kernels", "engine", ("training_steps",), {SWITCH: "0"}),
-    Group("state", "engine", ("scores_are_repeatable", "resume_is_exact")),
-    Group("commands", "commands"),
+    Group("kernels", "kernels", 150),
+    Group("engine", "engine", 120, ("training_steps", "profile_of_a_step", "host_waits")),
+    Group("truth", "truth", 90),
+    Group("products", "products", 120),
+    Group("without fused kernels", "engine", 90, ("training_steps",), {SWITCH: "0"}),
+    Group("state", "engine", 120, ("scores_are_repeatable", "resume_is_exact")),
+    Group("commands", "commands", 480),
 )
 """The groups, most informative first."""
+
+RESULTS = "results.jsonl"
+"""File of the results in the folder that was given."""
+
+NOT_RIGHT = 3
+"""Exit code of a group of which a stage has written that something is not right; Python's own for
+an error is 1.
+"""
 
 SECONDS_TO_START = 20
 """Time under which no further process is started."""
@@ -60,20 +73,18 @@ def main() -> int:
     options = parse()
     if options.group is not None:
         group = next(group for group in GROUPS if group.name == options.group)
-        run_stages(options, group.module, group.only)
-        return 0
+        return 0 if run_stages(options, group.module, group.only) else NOT_RIGHT
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.jsonl").unlink(missing_ok=True)
-    failed = 0
+    (options.out / RESULTS).unlink(missing_ok=True)
     for group in GROUPS:
         if not wanted(group, options):
             continue
-        left = options.deadline - time.time()
-        if left < SECONDS_TO_START:
-            print(f"=== {group.name}: skipped, {left:.0f} s left", flush=True)
+        if options.seconds_left < SECONDS_TO_START:
+            left = f"{options.seconds_left:.0f} s left"
+            record(options, None, "skipped", 0.0, left, group.name)
             continue
-        failed += run_group(group, options, left) != 0
-    return int(failed > 0)
+        run_group(group, options)
+    return int(not summarize(options))
 
 
 def wanted(group: Group, options: Options) -> bool:
@@ -83,8 +94,8 @@ def wanted(group: Group, options: Options) -> bool:
     return any(word in name for word in options.only for name in group.only)
 
 
-def run_group(group: Group, options: Options, seconds: float) -> int:
-    """Run one group in a child process, and return its exit code."""
+def run_group(group: Group, options: Options) -> None:
+    """Run one group in a child process."""
     command = [sys.executable, __file__, "--group", group.name, "--out", str(options.out)]
     command += ["--deadline", str(options.deadline)]
     if options.tiny:
@@ -92,17 +103,27 @@ def run_group(group: Group, options: Options, seconds: float) -> int:
     if options.only:
         command += ["--only", *options.only]
     print(f"=== {group.name}", flush=True)
-    environment = {**os.environ, **group.environment}
-    try:
-        code = subprocess.run(
-            command, cwd=ROOT, timeout=seconds, env=environment, check=False
-        ).returncode
-    except subprocess.TimeoutExpired:
-        print(f"=== {group.name}: stopped, the time is up", flush=True)
-        return 124
-    if code:
-        print(f"=== {group.name}: ended with {code}", flush=True)
-    return code
+    started = time.perf_counter()
+    limit = min(group.most_seconds, options.seconds_left)
+    code = run_within(command, limit, env={**os.environ, **group.environment})
+    seconds = time.perf_counter() - started
+    if code is None:
+        record(options, None, "stopped", seconds, f"not done after {limit:.0f} s", group.name)
+    elif code not in (0, NOT_RIGHT):
+        record(options, None, "FAILED", seconds, f"ended with {code}", group.name)
+
+
+def summarize(options: Options) -> bool:
+    """Print what was not right or did not run, and return whether all that ran was right."""
+    all_right = True
+    file = options.out / RESULTS
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    for line in lines:
+        found = json.loads(line)
+        if found["state"] != "ok":
+            print(f"=== {found['group']}, {found['stage'] or 'all'}: {found['state']}", flush=True)
+            all_right = all_right and found["state"] == "skipped"
+    return all_right
 
 
 def parse() -> Options:

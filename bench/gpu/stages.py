@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
+import math
 import os
+import signal
 import statistics
+import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import measuring
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,11 +67,16 @@ class Planned:
     """Time that must be left for it to start."""
 
 
-def run_stages(options: Options, module_name: str, names: tuple[str, ...]) -> None:
-    """Run stages of a module, all if no names are given, and write each result at once."""
+def run_stages(options: Options, module_name: str, names: tuple[str, ...]) -> bool:
+    """Run stages of a module, all if no names are given, and write each result at once.
+
+    Returns:
+        Whether none of them failed or found anything wrong.
+    """
     started = time.perf_counter()
     module = importlib.import_module(f"gpu.stages_{module_name}")
     print(f"imports: {time.perf_counter() - started:.1f} s", flush=True)
+    all_right = True
     for stage in module.STAGES:
         name = stage.run.__name__
         if names and name not in names:
@@ -75,22 +86,78 @@ def run_stages(options: Options, module_name: str, names: tuple[str, ...]) -> No
         if options.seconds_left < stage.needed_seconds:
             record(options, name, "skipped", 0.0, f"{options.seconds_left:.0f} s left")
             continue
-        started = time.perf_counter()
-        try:
-            result, state = stage.run(options), "ok"
-        except Exception as error:
-            traceback.print_exc()
-            result, state = f"{type(error).__name__}: {error}"[:2000], "FAILED"
-        record(options, name, state, time.perf_counter() - started, result)
-        gc.collect()
+        all_right = _run_stage(options, stage) and all_right
+    return all_right
+
+
+def _run_stage(options: Options, stage: Planned) -> bool:
+    """Run one stage, write its result, and return whether all is right."""
+    name = stage.run.__name__
+    started = time.perf_counter()
+    try:
+        result, state = stage.run(options), "ok"
         if not options.tiny:
+            torch.cuda.synchronize()  # an error inside a kernel is the stage's own
+    except Exception as error:
+        traceback.print_exc()
+        result, state = f"{type(error).__name__}: {error}"[:2000], "FAILED"
+    wrong = list(wrong_places(result))
+    if wrong and state == "ok":
+        state = "WRONG"
+    record(options, name, state, time.perf_counter() - started, result)
+    if wrong:
+        print(f"!!! {name}: {'; '.join(wrong)}", flush=True)
+    gc.collect()
+    if not options.tiny:
+        # after an error inside a kernel, this raises, too
+        with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
+    return state == "ok"
 
 
-def record(options: Options, name: str, state: str, seconds: float, result: Any) -> None:
-    """Append a result to results.jsonl, and print it in short."""
+def wrong_places(result: Any, place: str = "") -> Iterator[str]:
+    """Yield what a result says that it must not: False, no finite number, FAILED, an exit code."""
+    if isinstance(result, dict):
+        for name, value in result.items():
+            inside = f"{place}/{name}" if place else str(name)
+            if name == "code":
+                if value != 0:
+                    yield f"{inside}: {value}"
+            else:
+                yield from wrong_places(value, inside)
+    elif isinstance(result, list | tuple):
+        for index, value in enumerate(result):
+            yield from wrong_places(value, f"{place}[{index}]")
+    elif _is_wrong(result):
+        yield f"{place}: {result}"
+
+
+def _is_wrong(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return value is False or (isinstance(value, str) and value.startswith("FAILED"))
+
+
+def record(
+    options: Options,
+    name: str | None,
+    state: str,
+    seconds: float,
+    result: Any,
+    group: str | None = None,
+) -> None:
+    """Append a result to results.jsonl, and print it in short.
+
+    Args:
+        options: The command line.
+        name: The stage; None for a whole group.
+        state: ok, WRONG, FAILED, skipped or stopped.
+        seconds: How long it took.
+        result: Anything that JSON has.
+        group: The group, if it is not the one of this process.
+    """
     line = {
-        "group": options.group,
+        "group": group or options.group,
         "stage": name,
         "state": state,
         "seconds": round(seconds, 2),
@@ -101,7 +168,31 @@ def record(options: Options, name: str, state: str, seconds: float, result: Any)
         file.flush()
         os.fsync(file.fileno())
     shown = json.dumps(result, default=str)
-    print(f"--- {name}: {state} in {seconds:.1f} s: {shown[:1200]}", flush=True)
+    print(f"--- {name or group}: {state} in {seconds:.1f} s: {shown[:1200]}", flush=True)
+
+
+def run_within(command: list[str], seconds: float, **settings: Any) -> int | None:
+    """Run a program in the repository.
+
+    Whatever it has started is killed at its end: on a GPU it would slow down what comes next.
+
+    Args:
+        command: The program and its arguments.
+        seconds: Time after which it is killed.
+        **settings: Further arguments of `subprocess.Popen`.
+
+    Returns:
+        The exit code; None if the time was up.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **settings)
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def synchronize(options: Options) -> None:

@@ -7,12 +7,10 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from gpu.stages import Options, Planned
+from gpu.stages import Options, Planned, run_within
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 TAIL = 3000
 """Characters of a program's output that go to the results."""
 
@@ -66,20 +64,9 @@ def _run(options: Options, name: str, command: list[str], seconds: float) -> dic
     started = time.monotonic()
     limit = max(10.0, min(seconds, options.seconds_left - 5))
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    code: int | str
     with open(log, "w", encoding="utf-8") as file:
-        try:
-            code = subprocess.run(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-                cwd=ROOT,
-                env=environment,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = f"stopped after {limit:.0f} s"
+        found = run_within(command, limit, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    code = f"stopped after {limit:.0f} s" if found is None else found
     text = log.read_text(encoding="utf-8", errors="replace")[-TAIL:]
     print(text, flush=True)
     return {"code": code, "seconds": time.monotonic() - started, "end": text[-1200:]}

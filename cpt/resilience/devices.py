@@ -11,22 +11,25 @@ from cpt.resilience.environment import LaunchEnvironment
 
 
 def this_device(environment: LaunchEnvironment, threads: int | None = None) -> torch.device:
-    """Return the device of this rank; CPU ranks share the cores of the node.
+    """Return the device of this rank; the ranks of a node share its cores.
+
+    On a GPU, too, a host computes: updates of offloaded state. Left alone, torch would take all
+    cores in each rank.
 
     Args:
         environment: The place of this rank.
-        threads: Threads of a CPU rank; None divides the cores by the ranks of the node.
+        threads: Threads of this rank; None divides the cores by the ranks of the node.
 
     Raises:
         ConfigError: the node shows fewer GPUs than it has ranks.
     """
+    cores_per_rank = (os.cpu_count() or 1) // environment.local_world_size
+    torch.set_num_threads(threads or max(1, cores_per_rank))
     if torch.cuda.is_available():
         check_gpu_count(torch.cuda.device_count(), environment)
         device = torch.device("cuda", environment.local_rank)
         torch.cuda.set_device(device)
         return device
-    cores_per_rank = (os.cpu_count() or 1) // environment.local_world_size
-    torch.set_num_threads(threads or max(1, cores_per_rank))
     return torch.device("cpu")
 
 
