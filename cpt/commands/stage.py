@@ -90,7 +90,13 @@ def _stage_build(settings: DataSection, root: Path) -> tuple[Path, Path] | None:
     folder = settings.build_dir
     if folder is None:
         found = matching_builds(load_built_mix(settings.mix, None))
-        folder = found[0] if len(found) == 1 else None
+        if len(found) > 1:
+            names = ", ".join(map(str, found))
+            log.warning(
+                "%s has several builds, name one as data.build_dir: %s", settings.mix, names
+            )
+            return None
+        folder = next(iter(found), None)
     if folder is None or not (folder / FILE_NAME).is_file():
         log.info("%s is not built yet: there is nothing to copy", settings.mix)
         return None

@@ -23,6 +23,7 @@ from cpt.job import engine_setup
 from cpt.model.weights.checksums import write_sums
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.storage.local_copies import VARIABLE, local_copy
+from data_pipeline.build import found_builds
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
@@ -128,6 +129,22 @@ def test_run_that_goes_on_from_a_checkpoint_copies_no_weights(
     (workplace / "resumed" / "checkpoints" / "step-00000002").mkdir(parents=True)
     found, _ = staged(workplace, tmp_path, capsys, "resumed")
     assert set(found) == {str(workplace / "built")}
+
+
+def test_mix_with_several_builds_is_told_which_they_are(
+    workplace: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = yaml.safe_load((workplace / "run.yaml").read_text())
+    del run["data"]["build_dir"]
+    (workplace / "unnamed.yaml").write_text(yaml.safe_dump(run))
+    builds = [tmp_path / "data" / name for name in ("first", "second")]
+    monkeypatch.setattr(found_builds, "matching_builds", lambda mix: builds)
+    words = ["stage", "--config", str(workplace / "unnamed.yaml"), "--to", str(tmp_path / "copy")]
+    assert main([*words, "--run_dir", str(workplace / "run")]) == 0
+    printed = capsys.readouterr()
+    assert set(json.loads(printed.out)) == {str(workplace / "model")}
+    assert "mix.yaml has several builds, name one as data.build_dir: " in printed.err
+    assert all(str(path) in printed.err for path in builds)
 
 
 def test_model_of_the_guard_is_copied_until_it_is_measured(
