@@ -13,7 +13,7 @@ import numpy as np
 from cpt.guard.student import student_quantile
 from cpt.offline.evaluation.significance import compare_answers
 from cpt.telemetry.metrics import read_events
-from data_pipeline.charts import ALARM, PALETTE, as_svg, draw_level, new_figure
+from data_pipeline.charts import ALARM, MUTED, PALETTE, as_svg, draw_level, new_figure
 from guard_parts.arms import ARMS, STEERED, YOKED, mean_shares
 from guard_parts.base import ANSWERS
 from guard_parts.mixes import ENGLISH, ENGLISH_DOMAINS, JAPANESE, OWN
@@ -191,26 +191,30 @@ def against_yoked(runs: list[dict[str, Any]]) -> str:
 def draw(runs: list[dict[str, Any]], source: str) -> Figure:
     """Draw each run as a point: right is more Japanese, up is more accuracy lost.
 
-    A filled point is a run whose guard was green in the end, a hollow one was amber or red.
+    Each base has a chart of its own. A filled point is a run whose guard was green in the end, a
+    hollow one was amber or red.
     """
+    bases = sorted({run["base"] for run in runs})
     title = "What Japanese gains, and what the tasks lose"
-    figure, (axes,) = new_figure(720, 484, title=title, source=source)
-    draw_level(axes, LOST_POINTS, ALARM, dash="dashed", label=f"lost: {LOST_POINTS:g} points")
-    for index, (arm, group) in enumerate(by_arm(runs).items()):
-        color = PALETTE[index % len(PALETTE)]
-        for is_green in (True, False):
-            shown = [run for run in group if run["guard_green"] == is_green]
-            label = arm if is_green == group[0]["guard_green"] else None
-            axes.scatter(
-                [japanese_gain(run) for run in shown],
-                [worst_fall(run) for run in shown],
-                s=24,
-                facecolors=color if is_green else "none",
-                edgecolors=color,
-                label=label,
-            )
-    axes.set_xlabel("Japanese gain, % of the untouched model's bits per byte")
-    axes.set_ylabel("fall of the worst family's accuracy, points")
-    axes.margins(x=0.06)
+    width = 140 + 400 * len(bases)
+    figure, charts = new_figure(width, 460, columns=len(bases), title=title, source=source)
+    for base, axes in zip(bases, charts, strict=True):
+        axes.set_title(f"base {base}")
+        draw_level(axes, LOST_POINTS, ALARM, dash="dashed", label=f"lost: {LOST_POINTS:g} points")
+        axes.set_xlabel("Japanese gain, % of the untouched model's bits per byte")
+        axes.set_ylabel("fall of the worst family's accuracy, points")
+        axes.margins(x=0.06)
+        for index, group in enumerate(by_arm(runs).values()):
+            color = PALETTE[index % len(PALETTE)]
+            for run in group:
+                if run["base"] == base:
+                    fill = color if run["guard_green"] else "none"
+                    axes.scatter(
+                        japanese_gain(run), worst_fall(run), s=24, facecolors=fill, edgecolors=color
+                    )
+    for index, arm in enumerate(by_arm(runs)):
+        charts[0].scatter([], [], s=24, color=PALETTE[index % len(PALETTE)], label=arm)
+    for fill, label in ((MUTED, "its guard was green"), ("none", "amber or red")):
+        charts[0].scatter([], [], s=24, facecolors=fill, edgecolors=MUTED, label=label)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
