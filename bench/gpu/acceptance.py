@@ -49,6 +49,7 @@ GROUPS = (
     Group("kernels", "kernels", 150),
     Group("engine", "engine", 120, ("training_steps", "profile_of_a_step", "host_waits")),
     Group("truth", "truth", 90),
+    Group("variants", "variants", 120),
     Group("products", "products", 120),
     Group("without fused kernels", "engine", 90, ("training_steps",), {SWITCH: "0"}),
     Group("state", "engine", 120, ("scores_are_repeatable", "resume_is_exact")),

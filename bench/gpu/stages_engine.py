@@ -10,6 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,28 +63,52 @@ class DeviceNormal:
             yield first, values.normal_(0.0, 0.02, generator=self._generator)
 
 
-class Slice:
-    """The engine, built once for all stages of this process."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """What an engine has beside the settings of a plain one."""
 
-    def __init__(self, options: Options) -> None:
+    model: dict[str, Any] = field(default_factory=dict)
+    """Keys of the section `model`."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Keys of the section `train`."""
+    zero: dict[str, Any] = field(default_factory=dict)
+    """Keys of the block `zero_optimization` of the DeepSpeed JSON."""
+    tiny: bool = False
+    """Whether the model is the tiny one, on a GPU, too."""
+
+
+PLAIN = Changes()
+
+
+class Slice:
+    """An engine with one rank, its weights drawn from a seed."""
+
+    def __init__(self, options: Options, changes: Changes = PLAIN) -> None:
         os.environ.update({**measuring.single_process(), "LOCAL_WORLD_SIZE": "1"})
         started = time.perf_counter()
         if not options.tiny:
             torch.cuda.set_device(options.device)
         init_distributed(options.device)
-        is_small = options.tiny or options.group == STATE_GROUP
+        is_small = options.tiny or changes.tiny or options.group == STATE_GROUP
         preset = PRESETS["tiny" if is_small else "gpt-oss-20b"]
         self.model_config = GptOssConfig(**{**preset, "num_hidden_layers": LAYERS})
-        text = f"""
-model: {{init: tiny}}
-data: {{mix: unused.yaml}}
-train: {{seq_len: {options.size(4096, 128)}, global_batch_size: 1, total_steps: 1000,
-  schedule: constant, lr: 1e-5, dtype: bf16}}
-"""
-        zero = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True}
+        train = {
+            "seq_len": options.size(4096, 128),
+            "global_batch_size": 1,
+            "total_steps": 1000,
+            "schedule": "constant",
+            "lr": 1e-5,
+            "dtype": "bf16",
+        }
+        sections = {
+            "model": {"init": "tiny", **changes.model},
+            "data": {"mix": "unused.yaml"},
+            "train": {**train, **changes.train},
+        }
+        zero = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, **changes.zero}
         engine_json = json.dumps({"zero_optimization": zero, "sequence_parallel_size": 1})
         config = resolve(
-            read_file(RunYaml, parse_yaml(text, "run.yaml")),
+            read_file(RunYaml, parse_yaml(json.dumps(sections), "run.yaml")),
             parse_yaml(engine_json, "ds.json"),
             self.model_config,
             LaunchInfo(world_size=1, local_world_size=1),
