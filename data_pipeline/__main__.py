@@ -301,7 +301,7 @@ def _find_folder(mix: MixConfig, workers: int | None) -> tuple[str, Path | None]
     else:
         try:
             found = find_build(mix, None, notes, workers)
-        except NotBuilt as error:
+        except ConfigError as error:
             say(f"{error} Nothing is known of what a build drops.")
             return "", None
         told = "the build of this mix"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ SECONDS_TO_START = 20
 def main() -> int:
     """Run all groups, or inside a child process the stages of one, and return the exit code."""
     options = parse()
+    # as at an interruption from the keyboard, what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if options.group is not None:
         group = next(group for group in GROUPS if group.name == options.group)
         return 0 if run_stages(options, group.module, group.only) else NOT_RIGHT

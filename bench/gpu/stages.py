@@ -22,6 +22,8 @@ import measuring
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SECONDS_TO_END = 5
+"""Time that a stopped program has to stop what it has started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +176,8 @@ def record(
 def run_within(command: list[str], seconds: float, **settings: Any) -> int | None:
     """Run a program in the repository.
 
-    Whatever it has started is killed at its end: on a GPU it would slow down what comes next.
+    Whatever it has started is killed at its end, in sessions of their own, too: on a GPU it would
+    slow down what comes next.
 
     Args:
         command: The program and its arguments.
@@ -190,9 +193,17 @@ def run_within(command: list[str], seconds: float, **settings: Any) -> int | Non
     except subprocess.TimeoutExpired:
         return None
     finally:
+        end_with_all_it_started(process)
+
+
+def end_with_all_it_started(process: subprocess.Popen[Any]) -> None:
+    """End a process that leads a session; what it started in others it must end at a SIGTERM."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=SECONDS_TO_END)
+    process.wait()
 
 
 def synchronize(options: Options) -> None:

@@ -7,7 +7,7 @@ the run: `python -m data_pipeline plan` and `--dry_run` have them.
 from __future__ import annotations
 
 from cpt.config import DataSection
-from cpt.errors import CptError
+from cpt.errors import ConfigError, CptError
 from data_pipeline.audit.phases import AuditedPhases, written_phases
 from data_pipeline.build.found_builds import matching_builds
 from data_pipeline.config.mix_config import MixConfig
@@ -42,8 +42,15 @@ def describe_mix(settings: DataSection) -> str:
 
 
 def _manifest_of(settings: DataSection, mix: MixConfig) -> BuildManifest | None:
-    """Return the manifest of a mix's build; None if there is none, or several may be it."""
+    """Return the manifest of a mix's build; None if there is none.
+
+    Raises:
+        ConfigError: several may be it.
+    """
     if settings.build_dir is not None:
         return read_manifest(settings.build_dir) if settings.build_dir.exists() else None
     found = matching_builds(mix)
-    return read_manifest(found[0]) if len(found) == 1 else None
+    if len(found) > 1:
+        names = ", ".join(map(str, found))
+        raise ConfigError(f"{settings.mix} has several builds, name one as data.build_dir: {names}")
+    return read_manifest(found[0]) if found else None

@@ -184,7 +184,8 @@ class TrainSection:
     """Optimizer steps between Python garbage collections, which then happen on all ranks at once
     and at no other time; 0 leaves them to Python."""
     threads: int | None = None
-    """CPU threads of each process; the default is the cores of the node divided by its processes.
+    """CPU threads of each process; the default is the cores that the job may use on the node,
+    divided by its processes there, or those to which a process is bound.
     """
     quantize: QuantizeSection = field(default_factory=QuantizeSection)
     """Training that is aware of the format in which the model will be served."""

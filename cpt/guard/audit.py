@@ -39,6 +39,10 @@ OLD_COUNTS = (
 )
 """What is added to the last problem of such a decision."""
 
+FORGOTTEN_BY_WARN = ("smoothed", "stuck", "best", "settled")
+"""What the two-way law remembers from look to look. A guard that only warns forgets it; at first it
+kept it."""
+
 Json = dict[str, Any]
 
 
@@ -149,6 +153,8 @@ def _audit_decision(
         problems += _reading_problems(seen, evidence)
     decided, decision = decide(seen, evidence, settings, _limits(event), last=event["last"])
     after = restarted(judges, decided, decision)
+    if settings.policy != "act" and _kept_as_of_old(before, logged):
+        after = replace(after, **{name: getattr(logged, name) for name in FORGOTTEN_BY_WARN})
     actions = dict(decision.actions)
     if decision.action != event["action"] or actions != event["actions"]:
         problems.append(f"the action was {event['actions']}, but {actions} follows.")
@@ -166,6 +172,11 @@ def _audit_decision(
         bounds_checked=scores_checked,
         problems=problems,
     )
+
+
+def _kept_as_of_old(before: GuardState, logged: GuardState) -> bool:
+    """Return whether a decision left what the law remembers as it was: a version that kept it."""
+    return all(getattr(before, name) == getattr(logged, name) for name in FORGOTTEN_BY_WARN)
 
 
 def _is_start(state: GuardState) -> bool:

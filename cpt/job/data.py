@@ -166,7 +166,8 @@ def _not_built(settings: DataSection, mix: MixConfig, option: str) -> str:
         f"{settings.mix} is not built and has {size / 1e6:.0f} MB of input, more than "
         f"data.auto_build_limit_bytes ({limit / 1e6:.0f} MB). Build it first: "
         f"python -m data_pipeline build {settings.mix}{option}. A build that is not in "
-        f"{DEFAULT_ROOT}/ is named with --set data.build_dir=FOLDER."
+        f"{DEFAULT_ROOT}/ is named with --set data.build_dir=FOLDER; one by older rules is taken "
+        "with data.accept_stale_build=true beside it."
     )
 
 

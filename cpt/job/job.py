@@ -316,7 +316,15 @@ class Job:
             self.telemetry.log(event)
         if self.guard.state.green_step is not None and acts(self.config.guard):
             self.saver.keep(self.guard.state.green_step)
+        before = self.ledger
         self.reweigh(self.guard.state)
+        if saved is None and self.ledger is not before and self.topology.rank == 0:
+            log.warning(
+                "step %d was saved without a guard, so it is not known what replay one had given: "
+                "from here the mix holds as it is planned. Raise the weights of what is replayed "
+                "if more of it should stay.",
+                step,
+            )
 
     def _follow(self, ledger: Ledger) -> None:
         """Take the rows of the next batches from a ledger."""

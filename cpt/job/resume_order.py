@@ -6,12 +6,14 @@ however often a start ended before: while it waited for other nodes, or while it
 
 `never` is carried out when what an earlier run left is set aside, and a step when its checkpoint is
 loaded and newer ones are set aside.  From then on `auto` finds what the order asked for, or what
-came of it.
+came of it.  A note is of one job and one order: while a job waits, another one may follow an order
+of its own in the same run directory.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from cpt.errors import ConfigError
 from cpt.resilience.environment import job_id
@@ -35,31 +37,54 @@ def resume_word(asked: str, restarts: int, run_dir: Path) -> str:
     if asked == "auto" or restarts == 0:
         return asked
     path = run_dir / FILE
-    if not path.exists():
-        return asked
     try:
-        done = read_json(path, follow_links=False)
+        done = _read(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path}: {error}. It tells whether an earlier start of this job has carried out "
             f"--resume {asked}. Submit the job anew: without --resume to go on from the newest "
             "checkpoint."
         ) from error
-    return "auto" if done == _order(asked) else asked
+    return "auto" if _order(asked) in done else asked
+
+
+def orders_but(run_dir: Path, asked: str) -> list[Any]:
+    """Return the notes in a run directory without this job's of an order, which stands anew.
+
+    A damaged file tells of none.
+    """
+    try:
+        done = _read(run_dir / FILE)
+    except (OSError, ValueError):
+        return []
+    return [order for order in done if order != _order(asked)]
+
+
+def write_orders(run_dir: Path, done: list[Any]) -> None:
+    """Write what jobs have carried out.
+
+    Raises:
+        OSError: it cannot be written, so a start that follows would carry out an order again.
+    """
+    write_json(run_dir / FILE, done)
 
 
 def note_carried_out(run_dir: Path, asked: str) -> None:
     """Write down that this job has carried out an order.
 
     Raises:
-        OSError: it cannot be written, so a start that follows would carry it out again.
+        OSError: as `write_orders`.
     """
-    write_json(run_dir / FILE, _order(asked))
+    write_orders(run_dir, [*orders_but(run_dir, asked), _order(asked)])
 
 
-def forget_order(run_dir: Path) -> None:
-    """Remove the note of an earlier order, because another one stands."""
-    (run_dir / FILE).unlink(missing_ok=True)
+def _read(path: Path) -> list[Any]:
+    if not path.exists():
+        return []
+    done = read_json(path, follow_links=False)
+    if not isinstance(done, list):
+        raise ValueError("is no list")
+    return done
 
 
 def _order(asked: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 
 from cpt.errors import ConfigError
 from cpt.resilience.environment import LaunchEnvironment
+from data_pipeline.engine.local import available_cores
 
 
 def this_device(environment: LaunchEnvironment, threads: int | None = None) -> torch.device:
@@ -18,19 +19,31 @@ def this_device(environment: LaunchEnvironment, threads: int | None = None) -> t
 
     Args:
         environment: The place of this rank.
-        threads: Threads of this rank; None divides the cores by the ranks of the node.
+        threads: Threads of this rank; None divides the cores that the job may use by the ranks of
+            the node.
 
     Raises:
         ConfigError: the node shows fewer GPUs than it has ranks.
     """
-    cores_per_rank = (os.cpu_count() or 1) // environment.local_world_size
-    torch.set_num_threads(threads or max(1, cores_per_rank))
+    torch.set_num_threads(threads or _cores_of_rank(environment.local_world_size))
     if torch.cuda.is_available():
         check_gpu_count(torch.cuda.device_count(), environment)
         device = torch.device("cuda", environment.local_rank)
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+def _cores_of_rank(local_world_size: int) -> int:
+    """Return the cores of one rank.
+
+    A rank may use all cores of its job, which can be a part of the node, or is bound to cores of
+    its own, which then are no more than an even part of the node.
+    """
+    cores = available_cores()
+    if cores > (os.cpu_count() or 1) // local_world_size:
+        cores //= local_world_size
+    return max(1, cores)
 
 
 def memory_of_gpu(local_rank: int) -> tuple[str, int] | None:

@@ -132,8 +132,8 @@ def _first_of_one_text(mix: MixConfig, found: Mapping[Path, Identity]) -> Path |
         raise ConfigError(
             f"{', '.join(map(str, found))}: each is a build of mix '{mix.name}' from the files "
             "that are here, and their texts differ: versions of this package made them that read "
-            "some of the files differently. Name the one that is meant with data.build_dir (a "
-            "run), --build_dir or --out (a command), or delete the others."
+            "some of the files differently. Name the one that is meant (data.build_dir of a run, "
+            "--out of plan, --old_out and --new_out of diff), or delete the others."
         )
     return next(iter(found), None)
 

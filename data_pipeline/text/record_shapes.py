@@ -184,7 +184,7 @@ def _with_loss(message: Record) -> Record:
     if isinstance(weight, bool) or weight not in (0, 1):
         raise UnusableRecordError("'weight' of a message is neither 0 nor 1")
     loss = message.get("loss")
-    speaker = message.get("role", message.get("from"))
+    speaker = message.get("role") or message.get("from")
     is_learned = isinstance(speaker, str) and ROLES.get(speaker) in ("assistant", "call")
     if is_learned and isinstance(loss, bool) and loss != bool(weight):
         raise UnusableRecordError(CONTRADICTION)
@@ -224,7 +224,7 @@ def _from_sharegpt(record: Record, ignored_keys: Sequence[str]) -> Record:
 
 def _sharegpt_message(turn: Record) -> Record:
     if "from" not in turn and "role" in turn:
-        return turn  # the names of OpenAI under the key of ShareGPT
+        return _with_loss(turn)  # the names of OpenAI under the key of ShareGPT
     message = _with_loss(turn)
     tag = message.pop("from", None)
     value = message.pop("value", None)

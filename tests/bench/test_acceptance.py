@@ -5,10 +5,13 @@ Nothing here needs a GPU: the groups are stand-ins.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from bench.gpu import acceptance
 
 stages: Any = sys.modules["gpu.stages"]
 """The module under the name by which the program knows it."""
+stages_variants: Any = importlib.import_module("gpu.stages_variants")
 
 
 def options(out: Path, group: str | None = None) -> Any:
@@ -69,14 +73,29 @@ def test_stage_whose_result_is_wrong_is_written_as_wrong_and_the_next_one_runs(
 
 
 def test_what_a_stopped_program_has_started_is_killed_with_it(tmp_path: Path) -> None:
+    """Also in sessions of their own, as a group of stages starts its commands."""
     note = tmp_path / "pid"
-    program = f"sleep 60 & echo $! > {note}; wait"
-    assert stages.run_within(["sh", "-c", program], 1.0) is None
+    command = ["sh", "-c", f"sleep 60 & echo $! > {note}; wait"]
+    program = f"""
+import signal, sys
+sys.path.insert(0, {str(stages.ROOT / "bench")!r})
+from gpu.stages import run_within
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+run_within({command!r}, 60)
+"""
+    outer = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    wait_until(lambda: note.is_file() and note.read_text().endswith("\n"))
     pid = int(note.read_text())
-    deadline = time.time() + 5
-    while time.time() < deadline and is_alive(pid):
+    stages.end_with_all_it_started(outer)
+    wait_until(lambda: not is_alive(pid))
+    assert outer.returncode == 143
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.time() + 60
+    while not holds():
+        assert time.time() < deadline
         time.sleep(0.01)
-    assert not is_alive(pid)
 
 
 def is_alive(pid: int) -> bool:
@@ -106,3 +125,10 @@ def test_group_that_hangs_or_dies_is_in_the_results(
     assert acceptance.summarize(options(tmp_path)) == (state is None)
     if state is not None:
         assert [(line["group"], line["state"]) for line in results(tmp_path)] == [("some", state)]
+
+
+def test_way_that_gives_nan_does_not_agree() -> None:
+    plain = [12.0, 11.5, 11.2]
+    assert stages_variants.agreement([12.0, 11.5001, 11.2], plain)["agrees"]
+    assert not stages_variants.agreement([12.0, float("nan"), float("nan")], plain)["agrees"]
+    assert not stages_variants.agreement([12.0, 11.6, 11.2], plain)["agrees"]

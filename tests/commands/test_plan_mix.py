@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from cpt.cli import main
-from cpt.commands import plan_report
+from cpt.commands import plan_mix, plan_report
 from cpt.commands.plan_mix import describe_mix
 from cpt.config import DataSection
 from data_pipeline.build.build import build
@@ -42,6 +42,14 @@ def test_weights_are_those_of_the_build_where_there_is_one(tmp_path: Path) -> No
     assert re.search(r"end +the rest +en +100.00% +- +1 -> 0", told)
     mix_maker(tmp_path)(TEXTS, sources=ASKED, languages={"en": {"min_share": 0.99}})
     assert "languages.en.min_share is 0.99" in describe_mix(settings_of(tmp_path, tmp_path / "out"))
+
+
+def test_several_builds_of_a_mix_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mix_maker(tmp_path)(TEXTS, sources=ASKED)
+    builds = [tmp_path / "data" / name for name in ("first", "second")]
+    monkeypatch.setattr(plan_mix, "matching_builds", lambda mix: builds)
+    told = describe_mix(settings_of(tmp_path))
+    assert f"has several builds, name one as data.build_dir: {builds[0]}, {builds[1]}" in told
 
 
 def test_a_mix_by_weights_and_one_that_cannot_be_read_add_nothing(tmp_path: Path) -> None:

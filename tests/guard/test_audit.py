@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import pytest
 
 from cpt.cli import main
 from cpt.config import GuardSection
-from cpt.guard.audit import OLD_COUNTS, audit
+from cpt.guard.audit import FORGOTTEN_BY_WARN, OLD_COUNTS, audit
 from cpt.guard.baseline import BASELINE_FILE, DomainBaseline
 from cpt.guard.decision import decide
 from cpt.guard.guard import decision_event, judged, restarted
@@ -58,7 +59,10 @@ def run_dir(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 def make_run(
-    tmp_path: Path, controller: Literal["two_way", "ladder"], hard_limit_percent: float = 5.0
+    tmp_path: Path,
+    controller: Literal["two_way", "ladder"],
+    hard_limit_percent: float = 5.0,
+    policies: Sequence[Literal["act", "warn"]] = ("act", "act", "act"),
 ) -> Path:
     settings = replace(SETTINGS, controller=controller, hard_limit_percent=hard_limit_percent)
     folder = tmp_path / "guard"
@@ -77,7 +81,8 @@ def make_run(
     judges: dict[Kind, Judge] = {"text": TextJudge({"english": baseline})}
     events: list[dict[str, Any]] = []
     state = GuardState()
-    for number, loss in enumerate(LOSSES_PERCENT, 1):
+    for number, (loss, policy) in enumerate(zip(LOSSES_PERCENT, policies, strict=True), 1):
+        settings = replace(settings, policy=policy)
         nats = before.nats * (1 + (loss + generator.normal(0, 1, NUM_DOCUMENTS)) / 100)
         fresh = baseline.fresh_at(number)
         fresh = fresh * (1 + (loss + generator.normal(0, 1, FRESH_PER_LOOK)) / 100)
@@ -119,6 +124,18 @@ def test_honest_log_agrees_with_scores_states_and_decisions(
     audited = audit(run_dir)
     assert [one.action for one in audited] == ["none", "raise_replay", "raise_replay"]
     assert all(one.bounds_checked for one in audited)
+
+
+def test_warning_guard_of_an_older_version_kept_what_its_law_remembered(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, "two_way", policies=("act", "act", "warn"))
+    assert not any(one.problems for one in audit(run_dir))
+    event = read_jsonl(run_dir / "metrics.jsonl")[2]
+    kept = {name: event["before"][name] for name in FORGOTTEN_BY_WARN}
+    assert kept["smoothed"] and not event["after"]["smoothed"]
+    edit(run_dir, 2, after={**event["after"], **kept})
+    assert not any(one.problems for one in audit(run_dir))
+    edit(run_dir, 2, after={**event["after"], **kept, "smoothed": {"english": 9.0}})
+    assert audit(run_dir)[2].problems
 
 
 def test_action_that_does_not_follow_is_named_with_its_step(

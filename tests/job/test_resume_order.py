@@ -97,6 +97,20 @@ def test_note_counts_for_its_job_and_its_order_only(
     assert resume_word("40", 1, tmp_path) == "40"
 
 
+@pytest.mark.parametrize("order", ["60", "never"])
+def test_order_of_another_job_lets_no_job_that_waits_carry_its_own_out_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    with hold(tmp_path, "40"):
+        load(tmp_path, "40", monkeypatch, observe=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    with hold(tmp_path, order):
+        load(tmp_path, order, monkeypatch, observe=False)
+    assert resume_word(order, 1, tmp_path) == "auto"
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert resume_word("40", 1, tmp_path) == "auto"
+
+
 def test_look_at_a_run_carries_out_no_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def job_at(step: int, state: GuardState) -> Any:
         topology=SimpleNamespace(rank=0, control_group=None),
         telemetry=SimpleNamespace(log=events.append),
         report=None,
+        ledger=None,
         stop=StopRequest({}),
         config=SimpleNamespace(
             checkpoint=SimpleNamespace(stop_budget_seconds=50),
@@ -184,6 +185,30 @@ def test_run_whose_log_is_too_long_to_read_in_time_ends_without_the_account(
         end(job, 75, "stopped", ACCOUNT_SECONDS)
     assert told == ["stopped"] and asked == [ACCOUNT_SECONDS] and job.events == []
     assert "the log is too long to account for the time of the run" in caplog.text
+
+
+@pytest.mark.parametrize(("saved", "moves"), [(False, True), (False, False), (True, True)])
+def test_guard_that_is_switched_on_again_says_that_replay_is_as_planned(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    saved: bool,
+    moves: bool,
+) -> None:
+    monkeypatch.setattr("cpt.job.job.on_first_rank", lambda _, do: do())
+    job = job_at(30, GuardState())
+    job.run_dir = tmp_path
+    job.context = SimpleNamespace(control_group=None, observe=False)
+    job.has_begun = False
+
+    def reweigh(state: GuardState) -> None:
+        if moves:
+            job.ledger = "with the weights of the mix"
+
+    job.reweigh = reweigh
+    Job._restore_guard(job, SimpleNamespace(guard=GuardState().to_json() if saved else None))
+    told = "step 30 was saved without a guard"
+    assert (told in caplog.text) == (moves and not saved)
 
 
 def test_a_later_start_keeps_the_green_checkpoint_from_deletion(

@@ -17,6 +17,7 @@ from data_pipeline.audit.phases import AuditedPhases, audited_phases
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
+from data_pipeline.errors import ConfigError
 from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.epochs import with_weights
 from tests.data_pipeline.conftest import mix_maker
@@ -137,3 +138,20 @@ def test_the_command_finds_the_build_and_shows_phases_on_terminal_and_page(
     page = (place / "audit.html").read_text(encoding="utf-8")
     assert "Factor of the phases on the learning rate" in page
     assert "phases over 40 steps of 8 rows" in page
+
+
+def test_the_command_ends_where_two_builds_may_be_meant(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    mix_in(place, SCHEDULE)
+
+    def find_build(*_: object) -> Path:
+        raise ConfigError("data/first, data/second: each is a build.")
+
+    monkeypatch.setattr("data_pipeline.__main__.notes_for_reading", lambda folder: object())
+    monkeypatch.setattr("data_pipeline.__main__.find_build", find_build)
+    main(["audit", "in/mix.yaml", "--documents", "3", "--workers", "1", "--out", "audit.html"])
+    told = capsys.readouterr().out
+    assert "each is a build. Nothing is known of what a build drops." in told
+    assert (place / "audit.html").is_file()

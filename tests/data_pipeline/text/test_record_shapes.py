@@ -246,6 +246,17 @@ def test_openai_messages_of_tools_need_no_name_of_a_shape() -> None:
             "auto",
             OPPOSITE,
         ),
+        (
+            # as tables give all rows the same keys
+            {"conversations": [SHARED[0], {**SHARED[1], "role": None, "weight": 0, "loss": True}]},
+            "sharegpt",
+            OPPOSITE,
+        ),
+        (
+            {"conversations": [CHAT[1], {**CHAT[2], "weight": 0, "loss": True}]},
+            "sharegpt",
+            OPPOSITE,
+        ),
     ],
 )
 def test_a_record_that_is_not_of_the_shape_is_rejected_with_its_reason(
