@@ -176,8 +176,8 @@ def record(
 def run_within(command: list[str], seconds: float, **settings: Any) -> int | None:
     """Run a program in the repository.
 
-    Whatever it has started is killed at its end, in sessions of their own, too: on a GPU it would
-    slow down what comes next.
+    At its end its session is killed, whatever it has started there: on a GPU it would slow down
+    what comes next. What it has started in other sessions it must end itself, at a SIGTERM.
 
     Args:
         command: The program and its arguments.
@@ -197,7 +197,7 @@ def run_within(command: list[str], seconds: float, **settings: Any) -> int | Non
 
 
 def end_with_all_it_started(process: subprocess.Popen[Any]) -> None:
-    """End a process that leads a session; what it started in others it must end at a SIGTERM."""
+    """End a process that leads a session, and all processes there."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)

@@ -7,9 +7,9 @@ the run: `python -m data_pipeline plan` and `--dry_run` have them.
 from __future__ import annotations
 
 from cpt.config import DataSection
-from cpt.errors import ConfigError, CptError
+from cpt.errors import CptError
 from data_pipeline.audit.phases import AuditedPhases, written_phases
-from data_pipeline.build.found_builds import matching_builds
+from data_pipeline.build.found_builds import only_build
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.mixture.epochs import describe_weights, has_epochs, with_weights
@@ -49,8 +49,5 @@ def _manifest_of(settings: DataSection, mix: MixConfig) -> BuildManifest | None:
     """
     if settings.build_dir is not None:
         return read_manifest(settings.build_dir) if settings.build_dir.exists() else None
-    found = matching_builds(mix)
-    if len(found) > 1:
-        names = ", ".join(map(str, found))
-        raise ConfigError(f"{settings.mix} has several builds, name one as data.build_dir: {names}")
-    return read_manifest(found[0]) if found else None
+    found = only_build(mix, settings.mix)
+    return None if found is None else read_manifest(found)

@@ -84,19 +84,12 @@ def _baseline_to_read(guard: GuardSection | None, run_dir: Path) -> Path | None:
 def _stage_build(settings: DataSection, root: Path) -> tuple[Path, Path] | None:
     """Copy the build of a mix; nothing if it is still to be built."""
     from cpt.storage.local_copies import stage
-    from data_pipeline.build.found_builds import load_built_mix, matching_builds
+    from data_pipeline.build.found_builds import load_built_mix, only_build
     from data_pipeline.store.manifest import FILE_NAME, read_manifest
 
     folder = settings.build_dir
     if folder is None:
-        found = matching_builds(load_built_mix(settings.mix, None))
-        if len(found) > 1:
-            names = ", ".join(map(str, found))
-            log.warning(
-                "%s has several builds, name one as data.build_dir: %s", settings.mix, names
-            )
-            return None
-        folder = next(iter(found), None)
+        folder = only_build(load_built_mix(settings.mix, None), settings.mix)
     if folder is None or not (folder / FILE_NAME).is_file():
         log.info("%s is not built yet: there is nothing to copy", settings.mix)
         return None

@@ -45,7 +45,7 @@ def resume_word(asked: str, restarts: int, run_dir: Path) -> str:
             f"--resume {asked}. Submit the job anew: without --resume to go on from the newest "
             "checkpoint."
         ) from error
-    return "auto" if _order(asked) in done else asked
+    return "auto" if order_of(asked) in done else asked
 
 
 def orders_but(run_dir: Path, asked: str) -> list[Any]:
@@ -57,7 +57,7 @@ def orders_but(run_dir: Path, asked: str) -> list[Any]:
         done = _read(run_dir / FILE)
     except (OSError, ValueError):
         return []
-    return [order for order in done if order != _order(asked)]
+    return [order for order in done if order != order_of(asked)]
 
 
 def write_orders(run_dir: Path, done: list[Any]) -> None:
@@ -75,7 +75,7 @@ def note_carried_out(run_dir: Path, asked: str) -> None:
     Raises:
         OSError: as `write_orders`.
     """
-    write_orders(run_dir, [*orders_but(run_dir, asked), _order(asked)])
+    write_orders(run_dir, [*orders_but(run_dir, asked), order_of(asked)])
 
 
 def _read(path: Path) -> list[Any]:
@@ -87,5 +87,6 @@ def _read(path: Path) -> list[Any]:
     return done
 
 
-def _order(asked: str) -> dict[str, str]:
+def order_of(asked: str) -> dict[str, str]:
+    """Return the note that this job has carried out an order."""
     return {"job": job_id(), "resume": asked}

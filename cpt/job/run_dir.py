@@ -17,7 +17,7 @@ from transformers import GptOssConfig
 from cpt.config import RunConfig
 from cpt.errors import StageFinished, StorageError
 from cpt.guard.requirements import acts
-from cpt.job.resume_order import note_carried_out, orders_but, write_orders
+from cpt.job.resume_order import order_of, orders_but, write_orders
 from cpt.model.adapters.layout import adapter_shapes
 from cpt.model.freezing import frozen_names
 from cpt.model.linear_maps import is_for_muon
@@ -56,12 +56,11 @@ def held_run_dir(
         make_run_dir(run_dir)
         locks.append(take_lock(run_dir))
         if resume != "auto":
-            others = orders_but(run_dir, resume)
+            done = orders_but(run_dir, resume)
             if resume == "never":
                 move_aside(run_dir)
-            write_orders(run_dir, others)
-        if resume == "never":
-            note_carried_out(run_dir, resume)
+                done.append(order_of(resume))
+            write_orders(run_dir, done)
         check_run_space(run_dir, config, numels)
 
     try:

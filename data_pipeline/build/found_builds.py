@@ -214,6 +214,23 @@ def matching_builds(mix: MixConfig) -> list[Path]:
     return list(found.values())
 
 
+def only_build(mix: MixConfig, mix_file: Path) -> Path | None:
+    """Return the build of a mix that `matching_builds` finds; None if there is none.
+
+    Args:
+        mix: The mix.
+        mix_file: What a message calls it.
+
+    Raises:
+        ConfigError: there are several; or as `matching_builds`.
+    """
+    found = matching_builds(mix)
+    if len(found) > 1:
+        names = ", ".join(map(str, found))
+        raise ConfigError(f"{mix_file} has several builds, name one as data.build_dir: {names}.")
+    return next(iter(found), None)
+
+
 def _builds_that_fit(
     mix: MixConfig,
     paths: Iterable[Path],

@@ -15,13 +15,13 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import xxhash
 
 from data_pipeline.engine.executor import Executor
 from data_pipeline.fates.steps import Step
+from data_pipeline.store.array_writer import ArrayWriter
 from data_pipeline.store.files import atomic_write, make_folder
 from data_pipeline.store.packing import (
     ARRAY_NAMES,
@@ -96,7 +96,7 @@ def pack_split(
     if len(segments) <= block_segments:
         rows = close_last_row(pack_block(segments, seq_len, method, 0))
         packed = _count(rows)
-        _write_arrays(directory, [rows], packed)
+        _write_arrays(directory, [rows])
         return packed
     columns = (segments.document, segments.start, segments.tokens)
     digest = xxhash.xxh3_128()
@@ -114,7 +114,7 @@ def pack_split(
         step.run(executor, _pack_one, blocks, "pack rows")
         outputs = [block.output for block in blocks]
         packed = _count_blocks(outputs)
-        _write_arrays(directory, map(_read_block, outputs), packed)
+        _write_arrays(directory, map(_read_block, outputs))
         counts = packed.to_array()
         step.finish(counts)
     return PackedSplit.from_array(counts)
@@ -186,29 +186,24 @@ def _count_blocks(paths: Sequence[Path]) -> PackedSplit:
     return PackedSplit.from_array(total)
 
 
-def _write_arrays(directory: Path, blocks: Iterable[RowIndex], packed: PackedSplit) -> None:
+def _write_arrays(directory: Path, blocks: Iterable[RowIndex]) -> None:
     """Write the rows of all blocks, one after the other.
 
     Args:
         directory: Folder of the split in the build.
         blocks: Rows of each block, in order.
-        packed: How much all of them hold.
     """
     with contextlib.ExitStack() as stack:
-        files: dict[str, IO[bytes]] = {}
+        writers: dict[str, ArrayWriter] = {}
         for name in ARRAY_NAMES:
-            files[name] = stack.enter_context(atomic_write(directory / f"{name}.npy"))
-            length = packed.num_rows + 1 if name == "row_offsets" else packed.num_pieces
-            header = {"descr": "<i8", "fortran_order": False, "shape": (length,)}
-            np.lib.format.write_array_header_1_0(files[name], header)
-        files["row_offsets"].write(np.zeros(1, "<i8").tobytes())
+            file = stack.enter_context(atomic_write(directory / f"{name}.npy"))
+            writers[name] = ArrayWriter(file, "<i8")
+        writers["row_offsets"].append(np.zeros(1, "<i8"))
         num_pieces_before = 0
         for block in blocks:
-            _append(files["row_offsets"], block.row_offsets[1:] + num_pieces_before)
+            writers["row_offsets"].append(block.row_offsets[1:] + num_pieces_before)
             for name in ARRAY_NAMES[1:]:
-                _append(files[name], getattr(block, name))
+                writers[name].append(getattr(block, name))
             num_pieces_before += len(block.piece_pairs)
-
-
-def _append(file: IO[bytes], values: Integers) -> None:
-    file.write(np.ascontiguousarray(values, "<i8").data)
+        for writer in writers.values():
+            writer.finish()

@@ -55,8 +55,7 @@ def write_provenance(directory: Path, source: SourceParts) -> None:
     """
     folder = directory / FOLDER / source.source.name
     make_folder(folder)
-    num_documents = sum(account.num_documents for account in source.accounts)
-    write_places(folder, num_documents, _places(source))
+    write_places(folder, _places(source))
     if source.parts and source.parts[0].by_record:
         # a memory map keeps a descriptor, so they come one after the other
         write_records(folder, map(read_records, source.parts))

@@ -83,29 +83,28 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return [path.relative_to(shared).as_posix() for path in paths]
 
 
-def write_places(folder: Path, count: int, places: Iterable[Places]) -> None:
+def write_places(folder: Path, places: Iterable[Places]) -> None:
     """Write the places of the documents of a source, part by part.
 
     Args:
         folder: That of the source in FOLDER.
-        count: Number of documents.
         places: Places of the documents of each part, in order.
     """
-    make_folder(folder)
-    with atomic_write(folder / PLACES_FILE) as file:
-        header = {"descr": "<u8", "fortran_order": False, "shape": (count,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for of_part in places:
-            file.write(of_part.astype("<u8").tobytes())
+    _write_array(folder / PLACES_FILE, "<u8", places)
 
 
 def write_records(folder: Path, records: Iterable[Records]) -> None:
     """Write the hash of the whole record of each document of a source, part by part."""
-    make_folder(folder)
-    with atomic_write(folder / RECORDS_FILE) as file:
-        writer = ArrayWriter(file, _RECORD_DTYPE)
-        for of_part in records:
-            writer.append(of_part.astype(_RECORD_DTYPE, copy=False))
+    _write_array(folder / RECORDS_FILE, _RECORD_DTYPE, records)
+
+
+def _write_array(path: Path, dtype: npt.DTypeLike, parts: Iterable[npt.NDArray[Any]]) -> None:
+    """Write an array that comes part by part."""
+    make_folder(path.parent)
+    with atomic_write(path) as file:
+        writer = ArrayWriter(file, dtype)
+        for part in parts:
+            writer.append(part.astype(dtype, copy=False))
         writer.finish()
 
 

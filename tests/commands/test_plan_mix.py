@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from cpt.cli import main
-from cpt.commands import plan_mix, plan_report
+from cpt.commands import plan_report
 from cpt.commands.plan_mix import describe_mix
 from cpt.config import DataSection
+from data_pipeline.build import found_builds
 from data_pipeline.build.build import build
 from tests.data_pipeline.conftest import mix_maker
 from tests.data_pipeline.inputs import make_texts
@@ -47,7 +48,7 @@ def test_weights_are_those_of_the_build_where_there_is_one(tmp_path: Path) -> No
 def test_several_builds_of_a_mix_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mix_maker(tmp_path)(TEXTS, sources=ASKED)
     builds = [tmp_path / "data" / name for name in ("first", "second")]
-    monkeypatch.setattr(plan_mix, "matching_builds", lambda mix: builds)
+    monkeypatch.setattr(found_builds, "matching_builds", lambda mix: builds)
     told = describe_mix(settings_of(tmp_path))
     assert f"has several builds, name one as data.build_dir: {builds[0]}, {builds[1]}" in told
 
